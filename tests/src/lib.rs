@@ -1,0 +1,1 @@
+//! End-to-end tests: helpers to run the `strata` binary as an ordinary user would.

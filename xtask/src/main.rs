@@ -1,0 +1,2 @@
+//! Developer commands of the house: test, demo, bench, campaign, tidy.
+fn main() {}
