@@ -1,2 +1,45 @@
-//! Developer commands of the house: test, demo, bench, campaign, tidy.
-fn main() {}
+//! Developer commands of the house, run as `cargo xtask COMMAND`: every habit in one place, the same here and in CI.
+
+mod campaign;
+mod phases;
+mod setup;
+mod shell;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Developer commands of Strata.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Set up, check formatting and lints, build and run every test.
+    Test(test::TestArguments),
+    /// Run a long comparison with fresh seeds and note it in the ledger.
+    Campaign(campaign::CampaignArguments),
+    /// Check the rules of the house; with `--fix`, write what can be generated.
+    Tidy(tidy::TidyArguments),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Test(arguments) => test::run(&arguments),
+        Command::Campaign(arguments) => campaign::run(&arguments),
+        Command::Tidy(arguments) => tidy::run(&arguments),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
