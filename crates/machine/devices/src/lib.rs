@@ -1,0 +1,1 @@
+//! Devices of one machine: buses, interrupts, clocks, serial, PCI and virtio.
