@@ -1,0 +1,167 @@
+//! Follows a recipe: packages in, kernel and RAM disk out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::apt::{Apt, Package};
+use crate::cpio::Archive;
+use crate::error::ImageError;
+use crate::kmod::{self, ModuleInfo};
+use crate::progress::{Phase, Progress};
+use crate::recipe::Recipe;
+use crate::tar;
+
+/// The guest's first process, built along with this crate.
+const INIT: &[u8] = include_bytes!(env!("STRATA_INIT"));
+
+/// Where the init looks for the drivers to load. The form is described in its module `modules`.
+const MODULES_LIST: &str = "etc/strata/modules";
+
+/// A finished image, in memory.
+pub struct Made {
+    /// The kernel file.
+    pub kernel: Vec<u8>,
+    /// The RAM disk.
+    pub initrd: Vec<u8>,
+    /// What `uname -r` will say.
+    pub kernel_release: String,
+    /// The packages used.
+    pub packages: Vec<String>,
+}
+
+/// A number that changes when the image would: the recipe's version, mixed with the init's contents.
+pub fn version(recipe: &Recipe) -> u32 {
+    // FNV-1a. Nobody gains from a collision.
+    let hash = INIT.iter().fold(0x811c_9dc5_u32, |hash, &byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    hash.wrapping_add(recipe.version)
+}
+
+/// Fetches the packages and makes the image.
+pub fn make(recipe: &Recipe, apt_root: &Path, progress: &dyn Progress) -> Result<Made, ImageError> {
+    let apt = Apt::prepare(apt_root, &recipe.release)?;
+    let names: Vec<&str> = recipe.copy.keys().map(String::as_str).collect();
+    let packages = apt.fetch(&recipe.kernel, &names, progress)?;
+    let (kernel_package, others) = packages.split_first().ok_or_else(|| ImageError::package(&recipe.kernel, "missing"))?;
+
+    progress.phase(Phase::Unpack);
+    let kernel = Kernel::read(kernel_package)?;
+    let mut archive = skeleton(recipe);
+    for (package, files) in others.iter().zip(recipe.copy.values()) {
+        copy(package, files, &mut archive)?;
+    }
+    kernel.add_drivers(&recipe.drivers, &mut archive)?;
+    archive.file("init", 0o755, INIT);
+
+    let mut initrd = Vec::new();
+    archive.write(&mut initrd).map_err(ImageError::io("initrd"))?;
+    let packages = packages.iter().map(|package| package.id.clone()).collect();
+    Ok(Made { kernel: kernel.image, initrd, kernel_release: kernel.release, packages })
+}
+
+/// What comes from the recipe alone.
+fn skeleton(recipe: &Recipe) -> Archive {
+    let mut archive = Archive::default();
+    for (path, mode) in &recipe.directories {
+        // A test holds all recipes to octal modes.
+        archive.directory(path, u32::from_str_radix(mode, 8).unwrap_or(0o755));
+    }
+    for (path, text) in &recipe.files {
+        archive.file(path, 0o644, text.as_bytes());
+    }
+    for (path, target) in &recipe.links {
+        archive.symlink(path, target);
+    }
+    for applet in &recipe.applets {
+        archive.symlink(&format!("bin/{applet}"), "busybox");
+    }
+    // The kernel opens it for the init before the init can mount anything.
+    archive.character_device("dev/console", 0o600, 5, 1);
+    archive
+}
+
+/// The parts of a kernel package.
+struct Kernel {
+    release: String,
+    image: Vec<u8>,
+    /// Path in the package and contents, by module name.
+    modules: BTreeMap<String, (String, Vec<u8>)>,
+    infos: BTreeMap<String, ModuleInfo>,
+}
+
+impl Kernel {
+    fn read(package: &Package) -> Result<Kernel, ImageError> {
+        let mut image = None;
+        let mut modules = BTreeMap::new();
+        let wanted = |path: &str| path.starts_with("boot/vmlinuz-") || path.ends_with(".ko");
+        files(package, wanted, |path, data| match path.strip_prefix("boot/vmlinuz-") {
+            Some(release) => image = Some((release.to_owned(), data)),
+            None => modules.extend(kmod::module_name(path).map(|name| (name, (path.to_owned(), data)))),
+        })?;
+        let (release, image) = image.ok_or_else(|| ImageError::package(&package.id, "it holds no kernel"))?;
+        let info = |(name, (_, data)): (&String, &(String, Vec<u8>))| Some((name.clone(), kmod::module_info(data)?));
+        let infos = modules.iter().filter_map(info).collect();
+        Ok(Kernel { release, image, modules, infos })
+    }
+
+    /// Adds the drivers, what they depend on, and the list the init loads them by.
+    fn add_drivers(&self, drivers: &[String], archive: &mut Archive) -> Result<(), ImageError> {
+        let mut list = String::new();
+        let mut added = BTreeSet::new();
+        let missing = |name: String| ImageError::package(&self.release, format!("the kernel has no module '{name}'"));
+        for driver in drivers {
+            let order = kmod::load_order(driver, &self.infos).map_err(missing)?;
+            let mut line = Vec::new();
+            for name in &order {
+                let (path, data) = self.modules.get(name).ok_or_else(|| missing(name.clone()))?;
+                let path = path.strip_prefix("usr/").unwrap_or(path);
+                line.push(format!("/{path}"));
+                if added.insert(name.clone()) {
+                    archive.file(path, 0o644, data.as_slice());
+                }
+            }
+            let aliases = self.infos.get(order.last().unwrap_or(driver)).map_or(&[][..], |info| &info.aliases);
+            // Aliases with a colon name devices; others name file systems, protocols and device trees' nodes.
+            let devices = aliases.iter().filter(|alias| alias.contains(':') && !alias.starts_with("of:"));
+            let devices: Vec<&str> = devices.map(String::as_str).collect();
+            list.push_str(&format!("{} : {}\n", line.join(" "), devices.join(" ")));
+        }
+        archive.file(MODULES_LIST, 0o644, list);
+        Ok(())
+    }
+}
+
+/// Copies single files out of a package.
+fn copy(package: &Package, paths: &BTreeMap<String, String>, archive: &mut Archive) -> Result<(), ImageError> {
+    files(package, |path| paths.contains_key(path), |path, data| {
+        if let Some(to) = paths.get(path) {
+            archive.file(to, 0o755, data);
+        }
+    })?;
+    match paths.iter().find(|(_, to)| !archive.contains(to)) {
+        Some((from, _)) => Err(ImageError::package(&package.id, format!("it has no file '{from}'"))),
+        None => Ok(()),
+    }
+}
+
+/// Reads the files of a package that are `wanted`. `dpkg-deb` undoes the compression; nothing is unpacked to disk.
+fn files(package: &Package, wanted: impl FnMut(&str) -> bool, keep: impl FnMut(&str, Vec<u8>)) -> Result<(), ImageError> {
+    let file = File::open(&package.path).map_err(ImageError::io(&package.path))?;
+    let mut command = Command::new("dpkg-deb");
+    command.args(["--fsys-tarfile", "/dev/stdin"]).stdin(file).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(ImageError::io("dpkg-deb"))?;
+    let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe).map_err(|kind| ImageError::io("dpkg-deb")(kind.into()))?;
+    let read = tar::for_each_file(io::BufReader::with_capacity(256 << 10, stdout), wanted, keep);
+    let mut errors = String::new();
+    if let Some(stderr) = child.stderr.take() {
+        // Without its words there is still its status.
+        let _ = stderr.take(4096).read_to_string(&mut errors);
+    }
+    let status = child.wait().map_err(ImageError::io("dpkg-deb"))?;
+    if !status.success() {
+        return Err(ImageError::package(&package.id, errors.lines().next().unwrap_or("it cannot be read")));
+    }
+    read.map_err(|error| ImageError::package(&package.id, error.to_string()))
+}

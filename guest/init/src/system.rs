@@ -1,0 +1,180 @@
+//! Safe wrappers of the system calls the first process needs.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+/// Turns the C convention of -1 into an error.
+pub fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Mounts a file system that has no backing device.
+pub fn mount(kind: &CStr, target: &CStr, flags: libc::c_ulong, data: &CStr) -> io::Result<()> {
+    // SAFETY: all strings end in NUL and outlive the call; the kernel copies them.
+    check(unsafe { libc::mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr().cast()) }).map(drop)
+}
+
+/// Detaches whatever is mounted at `target`, or makes it read-only if it is in use.
+pub fn unmount(target: &CStr) {
+    // SAFETY: the string ends in NUL; neither call keeps it.
+    unsafe {
+        if libc::umount2(target.as_ptr(), 0) != 0 {
+            let flags = libc::MS_REMOUNT | libc::MS_RDONLY;
+            libc::mount(ptr::null(), target.as_ptr(), ptr::null(), flags, ptr::null());
+        }
+    }
+}
+
+/// Sets the name `uname` reports.
+pub fn set_hostname(name: &str) -> io::Result<()> {
+    // SAFETY: pointer and length describe the string.
+    check(unsafe { libc::sethostname(name.as_ptr().cast(), name.len()) }).map(drop)
+}
+
+/// Brings the loopback interface up; it gets its addresses by itself.
+pub fn loopback_up() -> io::Result<()> {
+    // SAFETY: a plain system call; the result is checked before it becomes an owned descriptor.
+    let socket = unsafe { OwnedFd::from_raw_fd(check(libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0))?) };
+    // SAFETY: all-zero bytes are a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { MaybeUninit::zeroed().assume_init() };
+    request.ifr_name[0] = b'l' as libc::c_char;
+    request.ifr_name[1] = b'o' as libc::c_char;
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the request is a valid `ifreq` that outlives the call.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) }).map(drop)
+}
+
+/// Makes the calling process the leader of a new session whose controlling terminal is `terminal`.
+///
+/// Only makes system calls, so it may run between fork and exec.
+pub fn take_terminal(terminal: BorrowedFd) -> io::Result<()> {
+    // SAFETY: system calls without pointers.
+    unsafe {
+        check(libc::setsid())?;
+        check(libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 1)).map(drop)
+    }
+}
+
+/// Tells a terminal its size in characters.
+pub fn set_window_size(terminal: BorrowedFd, rows: u16, cols: u16) -> io::Result<()> {
+    let size = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the structure outlives the call.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }).map(drop)
+}
+
+/// Waits until a terminal has sent everything written to it. What is not a terminal has nothing to wait for.
+pub fn drain(terminal: BorrowedFd) {
+    // SAFETY: a system call without pointers.
+    unsafe { libc::tcdrain(terminal.as_raw_fd()) };
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It exited with this status.
+    Exited(u8),
+    /// This signal killed it.
+    Killed(u8),
+}
+
+impl Ended {
+    /// Reads the status word of `waitpid`.
+    pub fn from_status(status: libc::c_int) -> Ended {
+        if libc::WIFSIGNALED(status) {
+            Ended::Killed(libc::WTERMSIG(status) as u8)
+        } else {
+            Ended::Exited(libc::WEXITSTATUS(status) as u8)
+        }
+    }
+}
+
+/// The next dead child, if there is one: its id and how it ended. An error means there are no children at all.
+pub fn reap() -> io::Result<Option<(u32, Ended)>> {
+    let mut status = 0;
+    // SAFETY: the status outlives the call.
+    let pid = check(unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) })?;
+    Ok((pid > 0).then(|| (pid as u32, Ended::from_status(status))))
+}
+
+/// A set of signals that this process takes one at a time with [`Signals::next`] and that do nothing else.
+pub struct Signals(libc::sigset_t);
+
+impl Signals {
+    /// Blocks the signals from now on.
+    pub fn block(signals: &[libc::c_int]) -> Signals {
+        let mut set = MaybeUninit::uninit();
+        // SAFETY: `sigemptyset` initialises the set, the other calls only read or change it; all signal numbers are valid.
+        unsafe {
+            libc::sigemptyset(set.as_mut_ptr());
+            for &signal in signals {
+                libc::sigaddset(set.as_mut_ptr(), signal);
+            }
+            let set = set.assume_init();
+            libc::sigprocmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut());
+            Signals(set)
+        }
+    }
+
+    /// Waits for one of the signals, at most `limit_ms` milliseconds if that is given.
+    pub fn next(&self, limit_ms: Option<i64>) -> Option<libc::c_int> {
+        let limit = limit_ms.map(|ms| libc::timespec { tv_sec: ms / 1000, tv_nsec: ms % 1000 * 1_000_000 });
+        let limit = limit.as_ref().map_or(ptr::null(), |limit| limit as *const libc::timespec);
+        // SAFETY: the set is initialised, the limit is null or a valid time; nobody asks for details of the signal.
+        let signal = unsafe { libc::sigtimedwait(&raw const self.0, ptr::null_mut(), limit) };
+        (signal > 0).then_some(signal)
+    }
+
+    /// Undoes the blocking, for a child that wants to live as usual.
+    pub fn unblock(&self) {
+        // SAFETY: the set is initialised.
+        unsafe { libc::sigprocmask(libc::SIG_UNBLOCK, &raw const self.0, ptr::null_mut()) };
+    }
+}
+
+/// Splits the process in two. True in the child.
+///
+/// Callers must have one thread only: the child has no other.
+pub fn fork() -> io::Result<Option<u32>> {
+    // SAFETY: this process has one thread, so the child may do what the parent might.
+    match check(unsafe { libc::fork() })? {
+        0 => Ok(None),
+        pid => Ok(Some(pid as u32)),
+    }
+}
+
+/// Sends a signal to one process, or to all but the caller with `pid` -1.
+pub fn kill(pid: i32, signal: libc::c_int) -> io::Result<()> {
+    // SAFETY: a system call without pointers.
+    check(unsafe { libc::kill(pid, signal) }).map(drop)
+}
+
+/// What happens to the machine when the last process is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// Power off.
+    PowerOff,
+    /// Start again.
+    Reboot,
+}
+
+/// Writes back what is dirty, then ends the machine.
+pub fn end_machine(ending: Ending) -> io::Error {
+    let command = match ending {
+        Ending::PowerOff => libc::RB_POWER_OFF,
+        Ending::Reboot => libc::RB_AUTOBOOT,
+    };
+    // SAFETY: system calls without pointers.
+    unsafe {
+        libc::sync();
+        libc::reboot(command);
+    }
+    io::Error::last_os_error()
+}
+
+/// A C string from a path the caller knows to hold no NUL; with one, the empty string, which every call refuses.
+pub fn c_string(text: &[u8]) -> CString {
+    CString::new(text).unwrap_or_default()
+}
