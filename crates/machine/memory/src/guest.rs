@@ -123,7 +123,7 @@ impl GuestMemory {
         let Some(range) = GpaRange::new(gpa, size) else {
             return Err(bad);
         };
-        if size == 0 || (gpa.0 | size) % PAGE_SIZE != 0 || range.end().0 > PHYS_LIMIT {
+        if size == 0 || !(gpa.0 | size).is_multiple_of(PAGE_SIZE) || range.end().0 > PHYS_LIMIT {
             return Err(bad);
         }
         let mut next_id = self
