@@ -1,0 +1,3 @@
+//! The strata program: arguments, output, the host's terminal.
+
+fn main() {}

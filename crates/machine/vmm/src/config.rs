@@ -1,0 +1,485 @@
+//! `MachineConfig`: everything about one machine, as values that are written to files and sent over the API.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ByteSize, MachineName};
+
+/// Most vCPUs that any engine may be asked for: 8-bit APIC ids without 255, the broadcast.
+pub const CPUS_MAX: u32 = 254;
+
+/// The guest's vsock address, unless configured otherwise.
+pub const GUEST_CID: u32 = 3;
+
+/// The version of the format. Reading refuses every other one.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
+pub enum ConfigVersion {
+    /// The first.
+    #[default]
+    V1,
+}
+
+impl TryFrom<u32> for ConfigVersion {
+    type Error = String;
+
+    fn try_from(version: u32) -> Result<Self, String> {
+        match version {
+            1 => Ok(Self::V1),
+            other => Err(format!(
+                "machine configuration version {other} is not known here (known: 1)"
+            )),
+        }
+    }
+}
+
+impl From<ConfigVersion> for u32 {
+    fn from(version: ConfigVersion) -> u32 {
+        match version {
+            ConfigVersion::V1 => 1,
+        }
+    }
+}
+
+/// One machine. What the command line, the API, a template and saved state all hold.
+///
+/// ```
+/// # use strata_vmm::MachineConfig;
+/// let text = r#"{ "version": 1, "name": "web-1", "boot": { "files": { "kernel": "vmlinuz" } } }"#;
+/// let config: MachineConfig = serde_json::from_str(text)?;
+/// assert_eq!(config.memory.to_string(), "512M");
+/// # Ok::<(), serde_json::Error>(())
+/// ```
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct MachineConfig {
+    /// The format's version: 1.
+    pub version: ConfigVersion,
+    /// Unique among the machines of a user that run on a host.
+    pub name: MachineName,
+    /// Which chipset and devices there are besides the ones listed here.
+    #[serde(default)]
+    pub platform: PlatformProfile,
+    /// Which engine runs the vCPUs.
+    #[serde(default)]
+    pub engine: EngineChoice,
+    /// Number of vCPUs, 1 to [`CPUS_MAX`].
+    #[serde(default = "one")]
+    pub cpus: u32,
+    /// The CPU model's name: `baseline`, `host`.
+    #[serde(default = "baseline")]
+    pub cpu_model: String,
+    /// RAM at start; whole mebibytes.
+    #[serde(default = "default_memory")]
+    pub memory: ByteSize,
+    /// RAM that can be reached by plugging in; the same as `memory` if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_max: Option<ByteSize>,
+    /// What is started.
+    pub boot: BootSource,
+    /// Disks, in the order the guest sees them.
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+    /// Which device is the console that a user sees.
+    #[serde(default)]
+    pub console: ConsoleKind,
+    /// The socket between host and guest; without one there is no agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// Network cards.
+    #[serde(default)]
+    pub network: NetworkConfig,
+    /// What happens when the guest resets the machine.
+    #[serde(default)]
+    pub on_reboot: OnReboot,
+    /// Whether the test device `isa-debug-exit` is there, by which a guest ends the machine with a status.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub debug_exit: bool,
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn baseline() -> String {
+    "baseline".to_owned()
+}
+
+fn default_memory() -> ByteSize {
+    MachineConfig::MEMORY_DEFAULT
+}
+
+impl MachineConfig {
+    /// RAM of a machine that does not say.
+    pub const MEMORY_DEFAULT: ByteSize = ByteSize::mebibytes(512);
+
+    /// A machine with all defaults.
+    pub fn new(name: MachineName, boot: BootSource) -> Self {
+        Self {
+            version: ConfigVersion::V1,
+            name,
+            platform: PlatformProfile::default(),
+            engine: EngineChoice::default(),
+            cpus: one(),
+            cpu_model: baseline(),
+            memory: default_memory(),
+            memory_max: None,
+            boot,
+            disks: Vec::new(),
+            console: ConsoleKind::default(),
+            vsock: None,
+            network: NetworkConfig::default(),
+            on_reboot: OnReboot::default(),
+            debug_exit: false,
+        }
+    }
+}
+
+/// The set of fixed devices around CPUs, memory and PCI.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum PlatformProfile {
+    /// Serial port, clock, ACPI power control, IOAPIC, PCI Express, virtio. No PIC, PIT or firmware.
+    #[default]
+    Modern,
+}
+
+/// Which engine runs the vCPUs.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum EngineChoice {
+    /// The best one that this host offers.
+    #[default]
+    Auto,
+    /// Binary translation: any x86-64-v2 host.
+    Translate,
+}
+
+/// What is started.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootSource {
+    /// Files of the host.
+    Files(BootFiles),
+    /// An image by its name; whoever owns the image store replaces it by [`BootSource::Files`] before the machine is
+    /// built.
+    Image(String),
+}
+
+/// A kernel and what it is given.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct BootFiles {
+    /// bzImage, vmlinux, PVH or multiboot 1.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// The whole kernel command line; nothing is added to it.
+    #[serde(default)]
+    pub append: String,
+}
+
+/// One disk.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct DiskConfig {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// How its bytes are laid out. Never guessed.
+    #[serde(default)]
+    pub format: DiskFormat,
+    /// What becomes of the guest's writes.
+    #[serde(default)]
+    pub access: DiskAccess,
+}
+
+/// How the bytes of a disk are laid out in its file.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum DiskFormat {
+    /// The bytes of the file are the bytes of the disk.
+    #[default]
+    Raw,
+}
+
+/// What becomes of a guest's writes to a disk.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskAccess {
+    /// They go to the file.
+    #[default]
+    ReadWrite,
+    /// The guest sees a write-protected disk.
+    ReadOnly,
+    /// They are kept while the machine runs and forgotten then; the file is never written.
+    Temporary,
+}
+
+/// Which device is the console that a user sees.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum ConsoleKind {
+    /// The first serial port, `ttyS0`: works from the kernel's first line on.
+    #[default]
+    Serial,
+    /// virtio-console, `hvc0`: faster, and knows the window's size.
+    Virtio,
+}
+
+/// The socket between host and guest.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct VsockConfig {
+    /// The guest's address, 3 or more.
+    #[serde(default = "guest_cid")]
+    pub cid: u32,
+    /// Where the host's Unix socket is made; in the machine's run directory if not given. A guest that connects to
+    /// port P of the host reaches the Unix socket with `_P` appended to this path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+
+fn guest_cid() -> u32 {
+    GUEST_CID
+}
+
+impl Default for VsockConfig {
+    fn default() -> Self {
+        Self {
+            cid: GUEST_CID,
+            socket: None,
+        }
+    }
+}
+
+/// What the machine's network is.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum NetworkConfig {
+    /// No network card.
+    #[default]
+    None,
+}
+
+/// What happens when the guest resets the machine.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnReboot {
+    /// It begins again, with its memory empty and its devices as new.
+    #[default]
+    Restart,
+    /// It ends.
+    Exit,
+}
+
+/// A `--disk` argument that cannot be understood.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum DiskSpecError {
+    /// No path.
+    #[error("a disk needs a file: write FILE[,ro][,format=raw]")]
+    NoPath,
+    /// Neither `ro` nor `format=`.
+    #[error("disk option '{0}' is not known (known: ro, format=raw)")]
+    UnknownOption(String),
+    /// A format we do not have.
+    #[error("disk format '{0}' is not known (known: raw)")]
+    UnknownFormat(String),
+    /// The same option twice.
+    #[error("disk option '{0}' is given twice")]
+    Twice(&'static str),
+}
+
+impl FromStr for DiskConfig {
+    type Err = DiskSpecError;
+
+    /// `FILE[,ro][,format=raw]`. A comma in a file's name is written twice.
+    fn from_str(text: &str) -> Result<Self, DiskSpecError> {
+        let (path, options) = split_path(text);
+        if path.is_empty() {
+            return Err(DiskSpecError::NoPath);
+        }
+        let (mut access, mut format) = (None, None);
+        for option in options.into_iter().flat_map(|options| options.split(',')) {
+            let twice = match option.split_once('=') {
+                None if option == "ro" => access
+                    .replace(DiskAccess::ReadOnly)
+                    .map(|_| DiskSpecError::Twice("ro")),
+                Some(("format", "raw")) => format
+                    .replace(DiskFormat::Raw)
+                    .map(|_| DiskSpecError::Twice("format")),
+                Some(("format", other)) => {
+                    return Err(DiskSpecError::UnknownFormat(other.to_owned()));
+                }
+                _ => return Err(DiskSpecError::UnknownOption(option.to_owned())),
+            };
+            if let Some(error) = twice {
+                return Err(error);
+            }
+        }
+        Ok(Self {
+            path: path.into(),
+            format: format.unwrap_or_default(),
+            access: access.unwrap_or_default(),
+        })
+    }
+}
+
+impl fmt::Display for DiskConfig {
+    /// As [`DiskConfig::from_str`] reads it; a temporary disk, which has no such form, looks like a writable one.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.path.to_string_lossy().replace(',', ",,");
+        let ro = match self.access {
+            DiskAccess::ReadOnly => ",ro",
+            DiskAccess::ReadWrite | DiskAccess::Temporary => "",
+        };
+        match self.format {
+            DiskFormat::Raw => write!(f, "{path}{ro},format=raw"),
+        }
+    }
+}
+
+/// The path, its doubled commas made single, and the options behind the first single comma.
+fn split_path(text: &str) -> (String, Option<&str>) {
+    let mut path = String::new();
+    let mut chars = text.char_indices().peekable();
+    while let Some((at, c)) = chars.next() {
+        if c == ',' && chars.next_if(|(_, next)| *next == ',').is_none() {
+            return (path, text.get(at + 1..));
+        }
+        path.push(c);
+    }
+    (path, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn disk(path: &str, access: DiskAccess) -> DiskConfig {
+        DiskConfig {
+            path: path.into(),
+            format: DiskFormat::Raw,
+            access,
+        }
+    }
+
+    #[test]
+    fn disks_as_typed() {
+        let check = |text: &str, path: &str, access| {
+            assert_eq!(text.parse(), Ok(disk(path, access)), "{text}");
+        };
+        check("a.img", "a.img", DiskAccess::ReadWrite);
+        check("/x/a.img,ro", "/x/a.img", DiskAccess::ReadOnly);
+        check("a,format=raw", "a", DiskAccess::ReadWrite);
+        check("a,format=raw,ro", "a", DiskAccess::ReadOnly);
+        check("a,,b,ro", "a,b", DiskAccess::ReadOnly);
+        check("a=b", "a=b", DiskAccess::ReadWrite);
+    }
+
+    #[test]
+    fn disks_mistyped() {
+        let check = |text: &str, message: &str| {
+            assert_eq!(
+                text.parse::<DiskConfig>().unwrap_err().to_string(),
+                message,
+                "{text}"
+            );
+        };
+        check("", "a disk needs a file: write FILE[,ro][,format=raw]");
+        check(",ro", "a disk needs a file: write FILE[,ro][,format=raw]");
+        check(
+            "a,rw",
+            "disk option 'rw' is not known (known: ro, format=raw)",
+        );
+        check("a,", "disk option '' is not known (known: ro, format=raw)");
+        check(
+            "a,format=qcow2",
+            "disk format 'qcow2' is not known (known: raw)",
+        );
+        check("a,ro,ro", "disk option 'ro' is given twice");
+    }
+
+    proptest! {
+        #[test]
+        fn disks_survive_printing(path in "\\PC{1,20}", ro: bool) {
+            let access = if ro { DiskAccess::ReadOnly } else { DiskAccess::ReadWrite };
+            let disk = disk(&path, access);
+            prop_assert_eq!(disk.to_string().parse(), Ok(disk));
+        }
+
+        #[test]
+        fn no_disk_text_panics(text in "[a,=ro]{0,12}|format=.{0,4}|\\PC{0,20}") {
+            let _ = text.parse::<DiskConfig>();
+        }
+    }
+
+    /// A configuration of version 1 with every field. It must be read for ever.
+    const EVERY_FIELD: &str = r#"{
+        "version": 1, "name": "web-1", "platform": "modern", "engine": "translate", "cpus": 2, "cpu-model": "host",
+        "memory": "1G", "memory-max": "2G",
+        "boot": { "files": { "kernel": "/k", "initrd": "/i", "append": "console=ttyS0" } },
+        "disks": [ { "path": "/d", "format": "raw", "access": "temporary" }, { "path": "/e" } ],
+        "console": "virtio", "vsock": { "cid": 5, "socket": "/s" }, "network": "none", "on-reboot": "exit",
+        "debug-exit": true
+    }"#;
+
+    #[test]
+    fn a_config_is_read_and_written() {
+        let config: MachineConfig = serde_json::from_str(EVERY_FIELD).unwrap();
+        let mut expected = MachineConfig::new(
+            "web-1".parse().unwrap(),
+            BootSource::Files(BootFiles {
+                kernel: "/k".into(),
+                initrd: Some("/i".into()),
+                append: "console=ttyS0".into(),
+            }),
+        );
+        expected.engine = EngineChoice::Translate;
+        expected.cpus = 2;
+        expected.cpu_model = "host".into();
+        expected.memory = ByteSize::mebibytes(1024);
+        expected.memory_max = Some(ByteSize::mebibytes(2048));
+        expected.disks = vec![
+            disk("/d", DiskAccess::Temporary),
+            disk("/e", DiskAccess::ReadWrite),
+        ];
+        expected.console = ConsoleKind::Virtio;
+        expected.vsock = Some(VsockConfig {
+            cid: 5,
+            socket: Some("/s".into()),
+        });
+        expected.on_reboot = OnReboot::Exit;
+        expected.debug_exit = true;
+        assert_eq!(config, expected);
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(
+            serde_json::from_str::<MachineConfig>(&text).unwrap(),
+            config
+        );
+    }
+
+    #[test]
+    fn a_config_of_another_version_or_with_unknown_fields_is_refused() {
+        let error = |text: &str| {
+            serde_json::from_str::<MachineConfig>(text)
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(
+            error(&EVERY_FIELD.replace("\"version\": 1", "\"version\": 2"))
+                .contains("version 2 is not known here")
+        );
+        assert!(error(&EVERY_FIELD.replace("\"cpus\"", "\"cpu-count\"")).contains("cpu-count"));
+        assert!(error(&EVERY_FIELD.replace("\"version\": 1,", "")).contains("version"));
+    }
+}

@@ -1,0 +1,42 @@
+//! One virtual machine: its configuration, building it, running it, its console and its control socket.
+//!
+//! A [`MachineConfig`] says everything about a machine as values.
+//! the vCPUs it names; [`Machine::run`] runs them until the machine ends and says how ([`Outcome`]).
+//!
+//! Threads: each vCPU has one, on which devices are called; one thread (the caller of [`Machine::run`]) owns the
+//! lifecycle and everything that changes it, and hears of all else by [`Event`]s; console input and the control
+//! socket have threads that only send it requests.
+//!
+//! This crate knows no image store, no node and no HTTP.
+
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic
+    )
+)]
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod control;
+mod name;
+mod ring;
+mod run_dir;
+mod size;
+mod state;
+
+pub use config::MachineConfig;
+pub use name::{MachineName, NameError};
+pub use ring::ConsoleRing;
+pub use run_dir::{RunDir, RunDirError};
+pub use size::{ByteSize, SizeError};
+pub use state::{InstanceState, Transition, TransitionError};
