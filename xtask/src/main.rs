@@ -1,6 +1,8 @@
 //! Developer commands of the house, run as `cargo xtask COMMAND`: every habit in one place, the same here and in CI.
 
+mod bench;
 mod campaign;
+mod guest;
 mod phases;
 mod setup;
 mod shell;
@@ -23,6 +25,8 @@ struct Arguments {
 enum Command {
     /// Set up, check formatting and lints, build and run every test.
     Test(test::TestArguments),
+    /// Run the guest benchmark natively, under QEMU TCG and under Strata, in turns.
+    Bench(bench::BenchArguments),
     /// Run a long comparison with fresh seeds and note it in the ledger.
     Campaign(campaign::CampaignArguments),
     /// Check the rules of the house; with `--fix`, write what can be generated.
@@ -32,6 +36,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Test(arguments) => test::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Campaign(arguments) => campaign::run(&arguments),
         Command::Tidy(arguments) => tidy::run(&arguments),
     };

@@ -41,7 +41,6 @@ pub const TEST_TOOLS: &[Tool] = &[
 ];
 
 /// The peer that the benchmark compares with.
-#[allow(dead_code)]
 pub const BENCH_TOOLS: &[Tool] = &[Tool {
     program: "qemu-system-x86_64",
     package: "qemu-system-x86",

@@ -12,6 +12,8 @@ pub fn run(work: impl FnOnce(std::vec::IntoIter<String>)) -> ! {
     mount(c"tmpfs", c"/tmp");
     open_console();
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    // Firmware and kernel may have left the cursor anywhere.
+    println!("\nbench: started");
     work(arguments(&line).into_iter());
     // SAFETY: writes out and powers off; neither takes memory of ours.
     unsafe {

@@ -1,0 +1,86 @@
+//! Building what runs in guests, the program itself, and finding the kernel of an image.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::shell;
+
+/// Static and for the host's own target: no second Rust target is needed.
+const STATIC: &str = "-C target-feature=+crt-static -C relocation-model=static";
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Builds a guest program as one static file; returns its path.
+pub fn build(package: &str) -> Result<PathBuf> {
+    // In a directory of its own: other flags would make Cargo build everything anew, back and forth.
+    let directory = shell::target_dir().join("guest");
+    let mut command = shell::cargo();
+    command.args([
+        "build",
+        "--quiet",
+        "--release",
+        "--target",
+        TARGET,
+        "--package",
+        package,
+        "--target-dir",
+    ]);
+    shell::run(
+        command
+            .arg(&directory)
+            .env("RUSTFLAGS", STATIC)
+            .env("CARGO_PROFILE_RELEASE_STRIP", "true"),
+    )?;
+    Ok(directory.join(TARGET).join("release").join(package))
+}
+
+/// Builds `strata`; returns its path.
+pub fn build_strata(release: bool) -> Result<PathBuf> {
+    let mut command = shell::cargo();
+    command.args(["build", "--package", "strata"]);
+    if release {
+        command.arg("--release");
+    }
+    shell::run(&mut command)?;
+    Ok(shell::target_dir()
+        .join(if release { "release" } else { "debug" })
+        .join("strata"))
+}
+
+/// The kernel of the image `tiny`, which `strata` builds when it is missing.
+pub fn tiny_kernel(strata: &Path) -> Result<PathBuf> {
+    let cache = cache()?;
+    let manifest = cache.join("images/tiny.json");
+    if !manifest.is_file() {
+        if strata.as_os_str().is_empty() {
+            bail!(
+                "the image `tiny` is not built yet: type `strata image build tiny`, or give a --kernel"
+            );
+        }
+        shell::run(shell::command(strata).args(["image", "build", "tiny"]))?;
+    }
+    let text = fs::read_to_string(&manifest)
+        .with_context(|| format!("cannot read {}", manifest.display()))?;
+    let value: Value = serde_json::from_str(&text)
+        .with_context(|| format!("cannot understand {}", manifest.display()))?;
+    let digest = value["kernel"]["sha256"]
+        .as_str()
+        .with_context(|| format!("{} names no kernel", manifest.display()))?;
+    Ok(cache.join("blobs/sha256").join(digest))
+}
+
+/// Where `strata` keeps images.
+fn cache() -> Result<PathBuf> {
+    let variable = |name: &str| {
+        env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    variable("STRATA_CACHE")
+        .or_else(|| variable("XDG_CACHE_HOME").map(|path| path.join("strata")))
+        .or_else(|| variable("HOME").map(|path| path.join(".cache/strata")))
+        .context("HOME is not set, so there is no place for images: set STRATA_CACHE")
+}
