@@ -55,13 +55,19 @@ mod bus;
 mod bytes;
 mod device;
 mod interrupt;
+mod ioapic;
 pub mod pci;
 mod power;
+mod serial;
+#[cfg(test)]
+mod testutil;
 
 pub use bus::{Bus, BusDevice, BusError, BusTarget};
 pub use device::{Device, RestoreError, SavedState};
 pub use interrupt::{InterruptSink, IrqLine, MsiMessage, NoIrq};
+pub use ioapic::IoApic;
 pub use pci::{
     BarKind, Bdf, Msix, PciConfig, PciConfigState, PciError, PciFunction, PciIds, PciPorts, PciRoot,
 };
 pub use power::{PowerEvent, PowerSink};
+pub use serial::Serial;
