@@ -51,23 +51,33 @@
 )]
 #![forbid(unsafe_code)]
 
+mod acpi;
 mod bus;
 mod bytes;
+mod cmos;
+mod debug_exit;
 mod device;
+mod i8042;
 mod interrupt;
 mod ioapic;
 pub mod pci;
 mod power;
+mod pvpanic;
 mod serial;
 #[cfg(test)]
 mod testutil;
 
+pub use acpi::{AcpiPm, MachineNanos};
 pub use bus::{Bus, BusDevice, BusError, BusTarget};
+pub use cmos::{Cmos, WallClock};
+pub use debug_exit::DebugExit;
 pub use device::{Device, RestoreError, SavedState};
+pub use i8042::I8042;
 pub use interrupt::{InterruptSink, IrqLine, MsiMessage, NoIrq};
 pub use ioapic::IoApic;
 pub use pci::{
     BarKind, Bdf, Msix, PciConfig, PciConfigState, PciError, PciFunction, PciIds, PciPorts, PciRoot,
 };
 pub use power::{PowerEvent, PowerSink};
+pub use pvpanic::PvPanic;
 pub use serial::Serial;
