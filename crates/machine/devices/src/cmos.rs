@@ -156,7 +156,7 @@ impl State {
         let value = if self.status_b & BINARY != 0 {
             value
         } else {
-            (value / 10 % 10) << 4 | value % 10
+            ((value / 10 % 10) << 4) | (value % 10)
         };
         value | afternoon
     }

@@ -20,8 +20,17 @@
 //!
 //! let root = PciRoot::new(mmio.clone(), Layout::MMIO32, layout.mmio64());
 //! mmio.insert(Layout::ECAM.start().0, Layout::ECAM.size(), root.clone())?;
-//! let ports = Arc::new(Mutex::new(PciPorts::new(root.clone(), power)));
+//! let ports = Arc::new(Mutex::new(PciPorts::new(root.clone(), power.clone())));
 //! pio.insert(PciPorts::BASE, PciPorts::LEN, ports)?;
+//!
+//! let ioapic = Arc::new(Mutex::new(IoApic::new(interrupts)));
+//! mmio.insert(Layout::IOAPIC.start().0, IoApic::LEN, ioapic.clone())?;
+//! let serial = Serial::new("serial0", IoApic::line(&ioapic, 4), Box::new(std::io::stdout()));
+//! let serial = Arc::new(Mutex::new(serial));
+//! pio.insert(Serial::COM1, Serial::LEN, serial.clone())?;
+//!
+//! // All of these are walked by the machine.
+//! let devices: Vec<Arc<Mutex<dyn Device>>> = vec![ioapic, serial];
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!

@@ -146,6 +146,8 @@ impl State {
 }
 
 impl Serial {
+    /// Where a PC has its first serial port, on interrupt 4.
+    pub const COM1: u64 = 0x3f8;
     /// Number of ports.
     pub const LEN: u64 = 8;
 
@@ -193,10 +195,11 @@ impl Serial {
             };
             state.fifo.push_back(byte);
         }
-        if was_over_half && state.input.len() <= INPUT_MAX / 2 {
-            if let Some(notice) = &self.on_space {
-                notice();
-            }
+        if was_over_half
+            && state.input.len() <= INPUT_MAX / 2
+            && let Some(notice) = &self.on_space
+        {
+            notice();
         }
     }
 
