@@ -9,10 +9,16 @@
 //! | [`options`] | the options on the kernel command line |
 //! | [`modules`] | loading kernel modules by the devices present |
 //! | [`supervisor`] | process 1: starts the others, reaps, ends the machine |
+//! | [`agent`] | listens for the host, one process per connection |
+//! | [`session`] | one connection of the host: one program from start to end |
+//! | [`program`] | from a request to a running program |
 //! | [`system`] | safe wrappers of system calls |
 
+pub mod agent;
 pub mod modules;
 pub mod options;
+pub mod program;
+pub mod session;
 pub mod supervisor;
 pub mod system;
 

@@ -6,6 +6,7 @@
 //! SIGUSR1, SIGUSR2 → power off        SIGTERM, SIGINT → reboot            (busybox's poweroff, halt, reboot)
 //! ```
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -13,47 +14,71 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use crate::agent;
 use crate::modules::{self, Loader};
 use crate::options::Options;
+use crate::program::{self, User};
 use crate::system::{self, Ended, Ending, Signals};
-
-/// PATH of everything we start.
-pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// How long processes may take to end after SIGTERM, in milliseconds.
 const GRACE_MS: i64 = 2_000;
 
 /// Does all that is left of booting, then lives until the machine ends. Returns only on failure.
 pub fn run(options: &Options) -> io::Error {
-    let signals =
-        Signals::block(&[libc::SIGCHLD, libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM, libc::SIGINT]);
-    match start(options, &signals).and_then(|machine| machine.live(options, &signals)) {
+    let signals = Signals::block(&[libc::SIGCHLD, libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM, libc::SIGINT]);
+    match Machine::start(options, &signals).and_then(|machine| machine.live()) {
         Ok(ending) => end(ending, &signals),
         Err(error) => error,
     }
 }
 
 /// The processes that matter.
-struct Machine {
+struct Machine<'a> {
+    options: &'a Options,
+    signals: &'a Signals,
     /// The console shell or the one program; the machine ends with it.
     main: Option<u32>,
+    agent: Option<u32>,
 }
 
-fn start(options: &Options, _signals: &Signals) -> io::Result<Machine> {
-    let list = fs::read_to_string(modules::LIST).unwrap_or_default();
-    let mut loader = Loader::new(&list);
-    while loader.step() {}
-    complain("host name", system::set_hostname(options.hostname.as_deref().unwrap_or("strata")));
-    complain("loopback interface", system::loopback_up());
-    let main = if options.run.is_empty() { Some(start_shell(options)?) } else { Some(start_program(options)?) };
-    Ok(Machine { main })
-}
+impl<'a> Machine<'a> {
+    fn start(options: &'a Options, signals: &'a Signals) -> io::Result<Machine<'a>> {
+        let mut agent = None;
+        let mut no_agent = None;
+        let list = fs::read_to_string(modules::LIST).unwrap_or_default();
+        let mut loader = Loader::new(&list);
+        while loader.step() {
+            // The host waits for the agent, not for the other drivers.
+            if options.agent && agent.is_none() {
+                match agent::start(signals) {
+                    Ok(pid) => agent = Some(pid),
+                    Err(error) => no_agent = Some(error),
+                }
+            }
+        }
+        complain("host name", system::set_hostname(options.hostname.as_deref().unwrap_or("strata")));
+        complain("loopback interface", system::loopback_up());
 
-impl Machine {
+        let mut machine = Machine { options, signals, main: None, agent };
+        if !options.run.is_empty() {
+            machine.main = Some(start_program(options)?);
+        } else if options.console.is_some() || !options.agent {
+            machine.main = Some(start_shell(options)?);
+        }
+        match no_agent.filter(|_| agent.is_none()) {
+            Some(error) if machine.main.is_none() => Err(named(Path::new("vsock"), error)),
+            Some(error) => {
+                complain("vsock", Err(error));
+                Ok(machine)
+            }
+            None => Ok(machine),
+        }
+    }
+
     /// Reaps and obeys signals until something asks for the end.
-    fn live(mut self, options: &Options, signals: &Signals) -> io::Result<Ending> {
+    fn live(mut self) -> io::Result<Ending> {
         loop {
-            match signals.next(None) {
+            match self.signals.next(None) {
                 Some(libc::SIGUSR1 | libc::SIGUSR2) => return Ok(Ending::PowerOff),
                 Some(libc::SIGTERM | libc::SIGINT) => return Ok(Ending::Reboot),
                 _ => {}
@@ -61,12 +86,14 @@ impl Machine {
             while let Ok(Some((pid, ended))) = system::reap() {
                 if Some(pid) == self.main {
                     match ended {
-                        Ended::Killed(_) if options.run.is_empty() => self.main = Some(start_shell(options)?),
+                        Ended::Killed(_) if self.options.run.is_empty() => self.main = Some(start_shell(self.options)?),
                         _ => {
-                            report(options, ended);
+                            report(self.options, ended);
                             return Ok(Ending::PowerOff);
                         }
                     }
+                } else if Some(pid) == self.agent {
+                    self.agent = Some(agent::start(self.signals)?);
                 }
             }
         }
@@ -83,11 +110,13 @@ fn report(options: &Options, ended: Ended) {
     }
 }
 
-/// A command with the environment of a root login.
-fn command(program: impl AsRef<std::ffi::OsStr>, options: &Options) -> Command {
+/// A command with the environment of a root login on the console.
+fn command(program: &OsStr, options: &Options) -> Command {
     let mut command = Command::new(program);
-    command.env_clear().env("PATH", PATH).env("HOME", "/root").env("USER", "root").env("LOGNAME", "root");
-    command.env("SHELL", "/bin/sh").env("TERM", options.term.as_deref().unwrap_or("linux"));
+    program::environment(&mut command, &User::root());
+    if let Some(term) = &options.term {
+        command.env("TERM", term);
+    }
     command
 }
 
@@ -99,7 +128,7 @@ fn start_shell(options: &Options) -> io::Result<u32> {
     if options.rows > 0 && options.cols > 0 {
         complain("window size", system::set_window_size(terminal.as_fd(), options.rows, options.cols));
     }
-    let mut shell = command("/bin/sh", options);
+    let mut shell = command(OsStr::new("/bin/sh"), options);
     shell.arg0("-sh").current_dir("/root");
     shell.stdin(terminal.try_clone()?).stdout(terminal.try_clone()?).stderr(terminal);
     // SAFETY: the closure only makes system calls; descriptor 0 is the terminal by then.

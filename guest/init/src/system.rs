@@ -178,3 +178,89 @@ pub fn end_machine(ending: Ending) -> io::Error {
 pub fn c_string(text: &[u8]) -> CString {
     CString::new(text).unwrap_or_default()
 }
+
+/// Makes reads and writes return at once.
+pub fn set_nonblocking(file: BorrowedFd) -> io::Result<()> {
+    // SAFETY: system calls without pointers.
+    unsafe {
+        let flags = check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))?;
+        check(libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK)).map(drop)
+    }
+}
+
+/// A descriptor that becomes readable when the child `pid` ends.
+pub fn process_handle(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: a system call without pointers; the result is checked before it becomes an owned descriptor.
+    unsafe {
+        let result = libc::syscall(libc::SYS_pidfd_open, pid as libc::pid_t, 0);
+        Ok(OwnedFd::from_raw_fd(check(result as libc::c_int)?))
+    }
+}
+
+/// Waits until one of the descriptors is ready for what it is polled for, at most `limit_ms` (-1: no limit).
+pub fn poll(entries: &mut [libc::pollfd], limit_ms: libc::c_int) -> io::Result<()> {
+    // SAFETY: the slice is a valid array of that length.
+    match check(unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, limit_ms) }) {
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        result => result.map(drop),
+    }
+}
+
+/// A new pseudo-terminal: the master's end and the terminal itself.
+pub fn open_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    let unlock: libc::c_int = 0;
+    // SAFETY: paths and arguments outlive the calls; results are checked before they become owned descriptors.
+    unsafe {
+        let master = OwnedFd::from_raw_fd(check(libc::open(c"/dev/ptmx".as_ptr(), flags))?);
+        check(libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock))?;
+        let terminal = check(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags))?;
+        Ok((master, OwnedFd::from_raw_fd(terminal)))
+    }
+}
+
+/// The process group that gets what is typed on a terminal, asked at its master's end.
+pub fn foreground_group(master: BorrowedFd) -> io::Result<i32> {
+    let mut group: libc::pid_t = 0;
+    // SAFETY: the number outlives the call.
+    check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPGRP, &raw mut group) })?;
+    if group > 0 { Ok(group) } else { Err(io::ErrorKind::NotFound.into()) }
+}
+
+/// Listens on a vsock port for the host.
+pub fn listen_vsock(port: u32) -> io::Result<OwnedFd> {
+    // SAFETY: the address is fully initialised and its true size is passed; the socket is checked before it is owned.
+    unsafe {
+        let socket = OwnedFd::from_raw_fd(check(libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0))?);
+        let mut address: libc::sockaddr_vm = MaybeUninit::zeroed().assume_init();
+        address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+        address.svm_port = port;
+        address.svm_cid = libc::VMADDR_CID_ANY;
+        let size = size_of_val(&address) as libc::socklen_t;
+        check(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size))?;
+        check(libc::listen(socket.as_raw_fd(), 64))?;
+        Ok(socket)
+    }
+}
+
+/// Takes the next connection.
+pub fn accept(listener: BorrowedFd) -> io::Result<OwnedFd> {
+    // SAFETY: nobody asks for the peer's address; the result is checked before it becomes an owned descriptor.
+    unsafe {
+        let flags = libc::SOCK_CLOEXEC;
+        Ok(OwnedFd::from_raw_fd(check(libc::accept4(listener.as_raw_fd(), ptr::null_mut(), ptr::null_mut(), flags))?))
+    }
+}
+
+/// Has the kernel reap this process's children, or leaves that to the process.
+pub fn reap_automatically(automatic: bool) {
+    let action = if automatic { libc::SIG_IGN } else { libc::SIG_DFL };
+    // SAFETY: both are valid dispositions; no handler of ours is involved.
+    unsafe { libc::signal(libc::SIGCHLD, action) };
+}
+
+/// Gives the process the name that `ps` shows.
+pub fn set_name(name: &CStr) {
+    // SAFETY: the name ends in NUL; the kernel copies it.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
