@@ -50,18 +50,23 @@ pub fn build_strata(release: bool) -> Result<PathBuf> {
         .join("strata"))
 }
 
-/// The kernel of the image `tiny`, which `strata` builds when it is missing.
-pub fn tiny_kernel(strata: &Path) -> Result<PathBuf> {
-    let cache = cache()?;
-    let manifest = cache.join("images/tiny.json");
-    if !manifest.is_file() {
-        if strata.as_os_str().is_empty() {
-            bail!(
-                "the image `tiny` is not built yet: type `strata image build tiny`, or give a --kernel"
-            );
-        }
-        shell::run(shell::command(strata).args(["image", "build", "tiny"]))?;
+/// Builds the image `tiny` with `strata`, unless it is there.
+pub fn build_tiny(strata: &Path) -> Result<()> {
+    if tiny_manifest()?.is_file() {
+        return Ok(());
     }
+    if strata.as_os_str().is_empty() {
+        bail!(
+            "the image `tiny` is not built yet: type `strata image build tiny`, or give a --kernel"
+        );
+    }
+    shell::run(shell::command(strata).args(["image", "build", "tiny"]))
+}
+
+/// The kernel of the image `tiny`.
+pub fn tiny_kernel(strata: &Path) -> Result<PathBuf> {
+    build_tiny(strata)?;
+    let manifest = tiny_manifest()?;
     let text = fs::read_to_string(&manifest)
         .with_context(|| format!("cannot read {}", manifest.display()))?;
     let value: Value = serde_json::from_str(&text)
@@ -69,7 +74,11 @@ pub fn tiny_kernel(strata: &Path) -> Result<PathBuf> {
     let digest = value["kernel"]["sha256"]
         .as_str()
         .with_context(|| format!("{} names no kernel", manifest.display()))?;
-    Ok(cache.join("blobs/sha256").join(digest))
+    Ok(cache()?.join("blobs/sha256").join(digest))
+}
+
+fn tiny_manifest() -> Result<PathBuf> {
+    Ok(cache()?.join("images/tiny.json"))
 }
 
 /// Where `strata` keeps images.

@@ -2,6 +2,7 @@
 
 mod bench;
 mod campaign;
+mod demo;
 mod guest;
 mod phases;
 mod setup;
@@ -23,6 +24,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Set up, build and boot a machine: a shell with a terminal, a few timed commands without.
+    Demo(demo::DemoArguments),
     /// Set up, check formatting and lints, build and run every test.
     Test(test::TestArguments),
     /// Run the guest benchmark natively, under QEMU TCG and under Strata, in turns.
@@ -35,6 +38,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
+        Command::Demo(arguments) => demo::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Campaign(arguments) => campaign::run(&arguments),
