@@ -107,8 +107,8 @@ impl Bus {
         removed
     }
 
-    /// Whether a device answers at this address.
-    pub fn claims(&self, address: u64) -> bool {
+    #[cfg(test)]
+    pub(crate) fn claims(&self, address: u64) -> bool {
         find(&self.ranges.load(), address).is_some()
     }
 

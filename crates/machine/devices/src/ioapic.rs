@@ -107,13 +107,6 @@ impl IoApic {
         }
     }
 
-    /// Whether the end of an interrupt with this vector matters here; local APICs may ask before they take the lock
-    /// for every one.
-    pub fn expects_eoi(&self, vector: u8) -> bool {
-        let waits = |entry: &u64| *entry as u8 == vector && *entry & LEVEL != 0;
-        self.state.redirection.iter().any(waits)
-    }
-
     fn set_level(&mut self, pin: u8, active: bool) {
         let pin = usize::from(pin);
         let Some(&entry) = self.state.redirection.get(pin) else {
@@ -346,7 +339,6 @@ mod tests {
         line.set_level(true);
         rig.ioapic.lock().unwrap().eoi(0x50);
         assert!(rig.events.messages().is_empty());
-        assert!(rig.ioapic.lock().unwrap().expects_eoi(0x51));
         rig.ioapic.lock().unwrap().eoi(0x51);
         assert_eq!(rig.events.messages().len(), 1, "still active");
         line.set_level(false);
