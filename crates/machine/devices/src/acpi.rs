@@ -1,5 +1,8 @@
 //! The fixed ACPI hardware (ACPI 6.5, chapter 4.8): power-management events and control, the PM timer, sleep states,
 //! and the power button.
+//!
+//! Limitations: the timer never sets its carry status, so no system control interrupt comes from it; only S5 is a
+//! sleep state.
 
 use crate::interrupt::IrqLine;
 use crate::{BusDevice, Device, PowerEvent, PowerSink, RestoreError, SavedState};

@@ -250,6 +250,49 @@ fn layouts() {
     ));
 }
 
+#[test]
+fn guest_ram_lies_between_inaccessible_pages() {
+    let memory = GuestMemory::new();
+    memory.add_slot(Gpa(0), 0x5000, SlotKind::Ram).unwrap();
+    let host = memory.mappings()[0].host.as_ptr() as usize;
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let permissions_at = |address: usize| {
+        let line = maps.lines().find(|line| {
+            let (start, rest) = line.split_once('-').unwrap();
+            let number = |text| usize::from_str_radix(text, 16).unwrap();
+            (number(start)..number(rest.split(' ').next().unwrap())).contains(&address)
+        });
+        line.map(|line| line.split(' ').nth(1).unwrap().to_owned())
+    };
+    assert_eq!(permissions_at(host).unwrap(), "rw-s");
+    assert_eq!(permissions_at(host + 0x4fff).unwrap(), "rw-s");
+    assert_eq!(permissions_at(host - 1).unwrap(), "---p");
+    assert_eq!(permissions_at(host + 0x5000).unwrap(), "---p");
+}
+
+#[test]
+fn slots_may_go_while_others_access_them() {
+    let memory = sample();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                // Each either succeeds or says that there is nothing.
+                let _ = memory.write_u64(Gpa(0x1_0008), 1);
+                let _ = memory.fill(Gpa(0x1_0ff0), 0x20, 2);
+            }
+        });
+        for _ in 0..300 {
+            let id = memory.slots().find(Gpa(0x1_0000)).unwrap().id();
+            memory.remove_slot(id).unwrap();
+            memory
+                .add_slot(Gpa(0x1_0000), 0x2000, SlotKind::Ram)
+                .unwrap();
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}
+
 proptest! {
     /// Guest memory behaves like one flat array with holes.
     #[test]
