@@ -85,12 +85,12 @@ pub fn start(exec: &Exec) -> Result<Program, (FailReason, String)> {
             let end = || terminal.try_clone().map(Stdio::from).map_err(other);
             command.stdin(end()?).stdout(end()?).stderr(end()?);
             // SAFETY: the closure only makes system calls; descriptor 0 is the terminal by then.
-            unsafe { command.pre_exec(|| system::take_terminal(BorrowedFd::borrow_raw(0))) };
+            unsafe { command.pre_exec(|| system::lead_session(Some(BorrowedFd::borrow_raw(0)))) };
         }
         None => {
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-            // SAFETY: the closure only makes a system call.
-            unsafe { command.pre_exec(|| system::check(libc::setsid()).map(drop)) };
+            // SAFETY: the closure only makes system calls.
+            unsafe { command.pre_exec(|| system::lead_session(None)) };
         }
     }
     let mut child = command.spawn().map_err(|error| {

@@ -132,7 +132,7 @@ fn start_shell(options: &Options) -> io::Result<u32> {
     shell.arg0("-sh").current_dir("/root");
     shell.stdin(terminal.try_clone()?).stdout(terminal.try_clone()?).stderr(terminal);
     // SAFETY: the closure only makes system calls; descriptor 0 is the terminal by then.
-    unsafe { shell.pre_exec(|| system::take_terminal(BorrowedFd::borrow_raw(0))) };
+    unsafe { shell.pre_exec(|| system::lead_session(Some(BorrowedFd::borrow_raw(0)))) };
     shell.spawn().map(|child| child.id()).map_err(|error| named(Path::new("/bin/sh"), error))
 }
 
@@ -141,8 +141,8 @@ fn start_program(options: &Options) -> io::Result<u32> {
     let (program, arguments) = options.run.split_first().ok_or(io::ErrorKind::NotFound)?;
     let mut program = command(program, options);
     program.args(arguments).current_dir("/root").stdin(Stdio::inherit());
-    // SAFETY: the closure only makes a system call. Its own session keeps terminal signals to itself.
-    unsafe { program.pre_exec(|| system::check(libc::setsid()).map(drop)) };
+    // SAFETY: the closure only makes system calls.
+    unsafe { program.pre_exec(|| system::lead_session(None)) };
     program.spawn().map(|child| child.id()).map_err(|error| named(Path::new(program.get_program()), error))
 }
 

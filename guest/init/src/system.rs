@@ -47,14 +47,21 @@ pub fn loopback_up() -> io::Result<()> {
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) }).map(drop)
 }
 
-/// Makes the calling process the leader of a new session whose controlling terminal is `terminal`.
+/// Gives the calling process the start of a program of its own: a new session, with `terminal` (if any) as its
+/// controlling terminal, and no blocked signals (they would stay so through exec).
 ///
 /// Only makes system calls, so it may run between fork and exec.
-pub fn take_terminal(terminal: BorrowedFd) -> io::Result<()> {
-    // SAFETY: system calls without pointers.
+pub fn lead_session(terminal: Option<BorrowedFd>) -> io::Result<()> {
+    let mut none = MaybeUninit::uninit();
+    // SAFETY: `sigemptyset` initialises the set before it is read; the other calls have no pointers.
     unsafe {
+        libc::sigemptyset(none.as_mut_ptr());
+        check(libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), ptr::null_mut()))?;
         check(libc::setsid())?;
-        check(libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 1)).map(drop)
+        match terminal {
+            Some(terminal) => check(libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 1)).map(drop),
+            None => Ok(()),
+        }
     }
 }
 
