@@ -71,7 +71,7 @@ pub enum PciError {
         /// How many.
         vectors: u16,
     },
-    /// The address on the bus is taken or not on bus 0.
+    /// The address is taken, not on bus 0, or not function 0 of its device.
     #[error("PCI address {0} cannot be used")]
     BadAddress(super::Bdf),
     /// A memory window is full.

@@ -76,7 +76,11 @@ impl PciRoot {
     /// Puts a function on the bus and places its BARs.
     pub fn add(&self, at: Bdf, function: SharedFunction) -> Result<(), PciError> {
         let mut inner = lock(&self.inner);
-        if at.bits() > 0xff || inner.functions.iter().any(|(taken, _)| *taken == at) {
+        // One bus, and no device with more than one function.
+        if at.bits() > 0xff
+            || at.bits() & 7 != 0
+            || inner.functions.iter().any(|(taken, _)| *taken == at)
+        {
             return Err(PciError::BadAddress(at));
         }
         {
@@ -119,7 +123,8 @@ impl PciRoot {
         if let Some(function) = inner.find(at) {
             lock(function).config_write(offset, data);
             // Only the command register and BARs move anything.
-            if (0x04..0x28).contains(&offset) {
+            let end = usize::from(offset) + data.len();
+            if end > 0x04 && offset < 0x28 {
                 inner.remap(&self.mmio);
             }
         }

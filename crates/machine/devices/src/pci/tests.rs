@@ -1,36 +1,20 @@
 //! Tests of PCI as a guest sees it: through ECAM, ports and BARs.
 
 use super::*;
-use crate::interrupt::{InterruptSink, MsiMessage};
-use crate::{Bus, BusDevice, BusTarget, Device, PowerEvent, PowerSink, RestoreError, SavedState};
+use crate::interrupt::InterruptSink;
+use crate::testutil::{Events, access, accesses};
+use crate::{Bus, BusDevice, BusTarget, Device, PowerEvent, RestoreError, SavedState};
 use proptest::prelude::*;
 use std::sync::{Arc, Mutex};
 use strata_memory::{Gpa, GpaRange};
 
-#[derive(Default)]
-struct Sink(Mutex<Vec<MsiMessage>>, Mutex<Vec<PowerEvent>>);
-
-impl InterruptSink for Sink {
-    fn msi(&self, message: MsiMessage) {
-        self.0.lock().unwrap().push(message);
-    }
-}
-
-impl PowerSink for Sink {
-    fn power(&self, event: PowerEvent) {
-        self.1.lock().unwrap().push(event);
-    }
-}
-
-impl Sink {
-    fn taken(&self) -> Vec<u32> {
-        self.0
-            .lock()
-            .unwrap()
-            .drain(..)
-            .map(|message| message.data)
-            .collect()
-    }
+/// The data of the messages delivered since the last time.
+fn taken(events: &Events) -> Vec<u32> {
+    events
+        .messages()
+        .iter()
+        .map(|message| message.data)
+        .collect()
 }
 
 /// A 64-bit BAR 0 of 64 KiB with MSI-X at 0x8000, and a 32-bit BAR 2.
@@ -103,13 +87,13 @@ struct Rig {
     mmio: Arc<Bus>,
     root: Arc<PciRoot>,
     gadget: Arc<Mutex<Gadget>>,
-    sink: Arc<Sink>,
+    sink: Arc<Events>,
 }
 
 impl Rig {
     fn new() -> Rig {
         let range = |base, size| GpaRange::new(Gpa(base), size).unwrap();
-        let sink = Arc::new(Sink::default());
+        let sink = Arc::new(Events::default());
         let mmio = Arc::new(Bus::new());
         let root = PciRoot::new(
             mmio.clone(),
@@ -166,7 +150,7 @@ fn functions_are_found_by_ecam_and_ports() {
     ports.write(1, &[2]);
     ports.write(1, &[6]);
     ports.write(1, &[6]);
-    assert_eq!(*rig.sink.1.lock().unwrap(), [PowerEvent::Reset]);
+    assert_eq!(rig.sink.power(), [PowerEvent::Reset]);
 }
 
 #[test]
@@ -236,14 +220,14 @@ fn msix_masks_and_delivers() {
     assert!(msix.enabled());
     msix.signal(66);
     msix.signal(VECTORS);
-    assert!(rig.sink.taken().is_empty());
+    assert!(taken(&rig.sink).is_empty());
     assert_eq!(rig.read(pending + 8), 1 << 2);
     rig.write(entry + 12, 0);
-    assert_eq!(rig.sink.taken(), [0x55]);
+    assert_eq!(taken(&rig.sink), [0x55]);
     assert_eq!(rig.read(pending + 8), 0);
     rig.write(GADGET + 0x48, 0xc000_0000);
     msix.signal(66);
-    assert!(rig.sink.taken().is_empty());
+    assert!(taken(&rig.sink).is_empty());
 
     let state = rig.gadget.lock().unwrap().save();
     let other = Rig::new();
@@ -251,7 +235,7 @@ fn msix_masks_and_delivers() {
     other.root.remap();
     assert_eq!(other.read(pending + 8), 1 << 2);
     other.write(GADGET + 0x48, 0x8000_0000);
-    assert_eq!(other.sink.taken(), [0x55]);
+    assert_eq!(taken(&other.sink), [0x55]);
 }
 
 #[test]
@@ -260,8 +244,9 @@ fn bad_functions_are_refused() {
     let gadget = || Arc::new(Mutex::new(Gadget::new(rig.sink.clone())));
     let at = Bdf::new(0, 3, 0);
     assert_eq!(rig.root.add(at, gadget()), Err(PciError::BadAddress(at)));
-    let at = Bdf::new(1, 3, 0);
-    assert_eq!(rig.root.add(at, gadget()), Err(PciError::BadAddress(at)));
+    for at in [Bdf::new(1, 3, 0), Bdf::new(0, 4, 1)] {
+        assert_eq!(rig.root.add(at, gadget()), Err(PciError::BadAddress(at)));
+    }
     let mut other = Gadget::new(rig.sink.clone());
     for (index, size) in [
         (1, 0x1000),
@@ -361,6 +346,30 @@ proptest! {
             prop_assert_eq!(copy.read(GADGET + offset), rig.read(GADGET + offset));
         }
     }
+}
+
+proptest! {
+    #[test]
+    fn any_port_accesses(accesses in accesses(PciPorts::LEN)) {
+        let rig = Rig::new();
+        let mut ports = PciPorts::new(rig.root.clone(), rig.sink.clone());
+        ports.write(0, &0x8000_1800u32.to_le_bytes());
+        for each in &accesses {
+            access(&mut ports, each);
+        }
+        let mut copy = PciPorts::new(rig.root.clone(), rig.sink.clone());
+        copy.restore(&ports.save()).unwrap();
+        prop_assert_eq!(copy.save(), ports.save());
+    }
+}
+
+#[test]
+fn an_access_across_the_command_register_moves_bars() {
+    let rig = Rig::new();
+    rig.mmio.write(GADGET + 2, &[0, 0, 0, 0]);
+    assert!(!rig.mmio.claims(WINDOW64));
+    rig.mmio.write(GADGET, &[0, 0, 0, 0, 2, 0, 0, 0]);
+    assert!(rig.mmio.claims(WINDOW64));
 }
 
 #[test]
