@@ -9,7 +9,7 @@ mod place;
 mod run;
 mod session;
 
-pub use place::{Need, ready, shared};
+pub use place::{Need, ready, shared, skip};
 pub use run::{Finished, Strata};
 pub use session::Session;
 

@@ -34,9 +34,17 @@ const SKIPS_VARIABLE: &str = "STRATA_TEST_SKIPS";
 /// Whether a test may go on. If not, its name and the reason are printed and noted; it has to return then.
 #[must_use]
 pub fn ready(need: Need) -> bool {
-    let Err(reason) = check(need) else {
-        return true;
-    };
+    match check(need) {
+        Ok(()) => true,
+        Err(reason) => {
+            skip(&reason);
+            false
+        }
+    }
+}
+
+/// Prints and notes that this test is not run, and why; the test has to return then.
+pub fn skip(reason: &str) {
     let thread = thread::current();
     let name = thread.name().unwrap_or("?");
     println!("SKIPPED {name}: {reason}");
@@ -49,7 +57,6 @@ pub fn ready(need: Need) -> bool {
             .and_then(note)
             .expect("a skipped test can be noted");
     }
-    false
 }
 
 fn check(need: Need) -> Result<(), String> {

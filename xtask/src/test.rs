@@ -12,10 +12,13 @@ use clap::Args;
 
 use crate::phases::Phases;
 use crate::setup::{self, Runner};
-use crate::{shell, tidy};
+use crate::{guest, shell, tidy};
 
 /// The environment variable that names the file to which a test that cannot run here appends `name<TAB>reason`.
 const SKIPS_VARIABLE: &str = "STRATA_TEST_SKIPS";
+
+/// The environment variable that names the static guest benchmark for the tests that run it in a machine.
+const BENCH_VARIABLE: &str = "STRATA_GUEST_BENCH";
 
 /// How many of the slowest tests are shown.
 const SLOWEST: usize = 10;
@@ -78,11 +81,12 @@ pub fn run(arguments: &TestArguments) -> Result<ExitCode> {
         });
         report.checks.push(("lints", linted));
     }
-    let built = phases.run("build", || passes(&mut builder(&runner)));
+    let bench = phases.run("guest programs", || guest::build("strata-guest-bench"))?;
+    let built = phases.run("build", || build(&runner));
     report.checks.push(("build", built));
     if built {
         phases.run("tests", || {
-            run_tests(&runner, &arguments.filters, &mut report)
+            run_tests(&runner, &arguments.filters, &bench, &mut report)
         })?;
     }
     phases.print();
@@ -100,22 +104,17 @@ fn passes(command: &mut Command) -> bool {
     }
 }
 
-/// The command that builds every test and the binaries they run.
-fn builder(runner: &Runner) -> Command {
-    let mut command = cargo_with(runner);
+/// Everything but doc tests and examples, the same for building and for running.
+const TARGETS: [&str; 4] = ["--workspace", "--bins", "--lib", "--tests"];
+
+/// Builds every test, and the binaries that the end-to-end tests run.
+fn build(runner: &Runner) -> bool {
+    let mut tests = cargo_with(runner);
     match runner {
-        Runner::Nextest(_) => command.args(["nextest", "run", "--no-run"]),
-        Runner::CargoTest => command.args(["test", "--no-run"]),
+        Runner::Nextest(_) => tests.args(["nextest", "run", "--no-run"]),
+        Runner::CargoTest => tests.args(["test", "--no-run"]),
     };
-    command.args(
-        ["--workspace", "--bins", "--lib", "--tests", "--cargo-quiet"]
-            .iter()
-            .filter(|argument| {
-                // Only nextest has its own word for Cargo's silence.
-                matches!(runner, Runner::Nextest(_)) || **argument != "--cargo-quiet"
-            }),
-    );
-    command
+    passes(shell::cargo().args(["build", "--workspace", "--bins"])) && passes(tests.args(TARGETS))
 }
 
 fn cargo_with(runner: &Runner) -> Command {
@@ -132,7 +131,7 @@ fn cargo_with(runner: &Runner) -> Command {
 }
 
 /// Runs the tests and reads what happened.
-fn run_tests(runner: &Runner, filters: &[String], report: &mut Report) -> Result<()> {
+fn run_tests(runner: &Runner, filters: &[String], bench: &Path, report: &mut Report) -> Result<()> {
     let skips = shell::target_dir().join("test-skips.tsv");
     fs::write(&skips, "").with_context(|| format!("cannot write {}", skips.display()))?;
     match runner {
@@ -141,19 +140,14 @@ fn run_tests(runner: &Runner, filters: &[String], report: &mut Report) -> Result
             let _ = fs::remove_file(&junit);
             let mut command = cargo_with(runner);
             command
-                .args([
-                    "nextest",
-                    "run",
-                    "--workspace",
-                    "--bins",
-                    "--lib",
-                    "--tests",
-                    "--cargo-quiet",
-                    "--no-tests",
-                    "pass",
-                ])
+                .args(["nextest", "run", "--cargo-quiet", "--no-tests", "pass"])
+                .args(TARGETS)
                 .args(filters);
-            let passed = passes(command.env(SKIPS_VARIABLE, &skips));
+            let passed = passes(
+                command
+                    .env(SKIPS_VARIABLE, &skips)
+                    .env(BENCH_VARIABLE, bench),
+            );
             let xml = fs::read_to_string(&junit)
                 .with_context(|| format!("the test runner left no {}", junit.display()))?;
             report.cases = parse_junit(&xml);
@@ -164,18 +158,13 @@ fn run_tests(runner: &Runner, filters: &[String], report: &mut Report) -> Result
         Runner::CargoTest => {
             let mut command = shell::cargo();
             command
-                .args([
-                    "test",
-                    "--workspace",
-                    "--bins",
-                    "--lib",
-                    "--tests",
-                    "--no-fail-fast",
-                    "--",
-                ])
+                .args(["test", "--no-fail-fast"])
+                .args(TARGETS)
+                .arg("--")
                 .args(filters);
             let output = command
                 .env(SKIPS_VARIABLE, &skips)
+                .env(BENCH_VARIABLE, bench)
                 .stderr(std::process::Stdio::inherit())
                 .output()?;
             let text = String::from_utf8_lossy(&output.stdout);
