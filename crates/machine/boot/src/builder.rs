@@ -7,10 +7,12 @@ use crate::memory_map::{ACPI_START, HIGH_MEMORY_START, LOW_USABLE_END};
 use crate::plan::{Bytes, Segment};
 use crate::{BootError, Gpa};
 
-/// Where small things go in conventional memory. The first page stays empty: it is where null pointers lead.
+/// Where small things go in conventional memory. The first bytes stay empty: null pointers lead there.
 pub(crate) mod low {
     use crate::Gpa;
 
+    /// The variables of a PC's BIOS, where a boot protocol's kernels may look for them.
+    pub(crate) const BIOS_DATA: Gpa = Gpa(0x400);
     /// Descriptor table.
     pub(crate) const GDT: Gpa = Gpa(0x1000);
     /// Linux's boot parameters ("zero page"), PVH's start info or multiboot's boot information, with their lists.

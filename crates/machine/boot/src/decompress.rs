@@ -71,7 +71,8 @@ fn lz4(data: &[u8]) -> Result<Vec<u8>, BootError> {
         reason,
     };
     let mut rest = data.get(4..).unwrap_or_default();
-    let mut unpacked = Vec::new();
+    // Bytes up to `used` are unpacked; behind them is room for one block, so that each byte is cleared only once.
+    let (mut unpacked, mut used) = (Vec::new(), 0);
     while let Some((size, after)) = rest.split_first_chunk::<4>() {
         let size = u32::from_le_bytes(*size) as usize;
         let block = after.get(..size).ok_or_else(|| {
@@ -80,20 +81,18 @@ fn lz4(data: &[u8]) -> Result<Vec<u8>, BootError> {
                 after.len()
             ))
         })?;
-        let start = unpacked.len();
-        let end = start + LZ4_BLOCK;
-        if end > UNPACKED_MAX + LZ4_BLOCK {
+        if used > UNPACKED_MAX {
             return Err(damaged(format!(
                 "it unpacks to more than {UNPACKED_MAX} bytes"
             )));
         }
-        unpacked.resize(end, 0);
-        let place = unpacked.get_mut(start..).unwrap_or_default();
-        let written = lz4_flex::block::decompress_into(block, place)
+        unpacked.resize(used + LZ4_BLOCK, 0);
+        let place = unpacked.get_mut(used..).unwrap_or_default();
+        used += lz4_flex::block::decompress_into(block, place)
             .map_err(|error| damaged(error.to_string()))?;
-        unpacked.truncate(start + written);
         rest = after.get(size..).unwrap_or_default();
     }
+    unpacked.truncate(used);
     Ok(unpacked)
 }
 

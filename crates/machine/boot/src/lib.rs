@@ -54,6 +54,8 @@ mod view;
 
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use decompress::extract_vmlinux;
 pub use entry::{Entry, Segment as CpuSegment, Table};

@@ -81,6 +81,7 @@ pub(crate) fn start<'a>(
             reason,
         });
     };
+    builder.place("the BIOS data area", low::BIOS_DATA, bios_data())?;
     let info = place_info(builder, context)?;
     let registers = Registers {
         rip,
@@ -149,6 +150,23 @@ fn load_by_addresses<'a>(
         mem_size,
     )?;
     Ok(entry)
+}
+
+/// What kernels made for PCs read of the BIOS's variables: the segment of the extended data area at 0x40e and the size
+/// of conventional memory in KiB at 0x413.
+fn bios_data() -> Vec<u8> {
+    let mut data = vec![0; 0x100];
+    put(
+        &mut data,
+        0x0e,
+        &((LOW_USABLE_END >> 4) as u16).to_le_bytes(),
+    );
+    put(
+        &mut data,
+        0x13,
+        &((LOW_USABLE_END >> 10) as u16).to_le_bytes(),
+    );
+    data
 }
 
 /// The information structure with the lists it points to, in its place.

@@ -51,12 +51,11 @@ impl Aml for PciRoot<'_> {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
         let hid = name("_HID", &EISAName::new("PNP0A08"));
         let cid = name("_CID", &EISAName::new("PNP0A03"));
-        let adr = name("_ADR", &ZERO);
         let seg = name("_SEG", &ZERO);
         let uid = name("_UID", &ZERO);
         let bbn = name("_BBN", &ZERO);
         let crs = name("_CRS", &Windows(self.0));
-        let children: Vec<&dyn Aml> = vec![&hid, &cid, &adr, &seg, &uid, &bbn, &crs, &Osc];
+        let children: Vec<&dyn Aml> = vec![&hid, &cid, &seg, &uid, &bbn, &crs, &Osc];
         Device::new("PCI0".into(), children).to_aml_bytes(sink);
     }
 }
