@@ -91,7 +91,7 @@ fn much_data_both_ways() {
     const SIZE: usize = 8 << 20;
     let mut process = start(command(&["cat"]));
     let input = process.input();
-    let sent: Vec<u8> = (0..SIZE).map(|n| (n * n >> 7) as u8).collect();
+    let sent: Vec<u8> = (0..SIZE).map(|n| (n * n / 128) as u8).collect();
     let source = sent.clone();
     let writer = thread::spawn(move || input.pump(source.as_slice()).unwrap());
     let mut received = Vec::new();

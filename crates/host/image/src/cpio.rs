@@ -150,8 +150,9 @@ mod tests {
             if name == "dev/console" {
                 assert_eq!((field(1), field(9), field(10)), (0o020600, 5, 1));
             }
-            at = (at + 110 + field(11)).next_multiple_of(4);
-            at = (at + field(6)).next_multiple_of(4);
+            let (name_size, size) = (field(11), field(6));
+            at = (at + 110 + name_size).next_multiple_of(4);
+            at = (at + size).next_multiple_of(4);
         }
         assert_eq!(at, bytes.len());
     }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::ImageError;
-use crate::maker;
+use crate::maker::{self, Made};
 use crate::progress::{Phase, Progress};
 use crate::recipe::Recipe;
 
@@ -158,27 +158,33 @@ impl Store {
         let path = self.manifest_path(name)?;
         let recipe = Recipe::get(name)?;
         let _lock = self.lock(progress)?;
-        let temporary = self.directory("tmp")?;
-        let work = tempfile::tempdir_in(&temporary).map_err(ImageError::io(&temporary))?;
         let apt = self.directory("apt")?.join(&recipe.release);
         let made = maker::make(&recipe, &apt, progress)?;
         progress.phase(Phase::Write);
+        self.install(name, &path, &recipe, made)
+    }
+
+    /// Puts a finished image in the cache. Needs the lock.
+    fn install(&self, name: &str, path: &Path, recipe: &Recipe, made: Made) -> Result<Image, ImageError> {
+        let temporary = self.directory("tmp")?;
+        let work = tempfile::tempdir_in(&temporary).map_err(ImageError::io(&temporary))?;
         let manifest = Manifest {
             version: MANIFEST_VERSION,
             name: name.to_owned(),
-            recipe_version: maker::version(&recipe),
-            about: recipe.about,
+            recipe_version: maker::version(recipe),
+            about: recipe.about.clone(),
             created_unix_s: std::time::UNIX_EPOCH.elapsed().map_or(0, |age| age.as_secs()),
             kernel_release: made.kernel_release,
-            command_line: recipe.command_line,
+            command_line: recipe.command_line.clone(),
             packages: made.packages,
             kernel: self.add_blob(work.path(), &made.kernel)?,
             initrd: self.add_blob(work.path(), &made.initrd)?,
         };
-        let text = serde_json::to_vec_pretty(&manifest)
+        let mut text = serde_json::to_vec_pretty(&manifest)
             .map_err(|source| ImageError::BadManifest { name: name.to_owned(), source })?;
+        text.push(b'\n');
         self.directory("images")?;
-        publish(work.path(), &text, &path)?;
+        publish(work.path(), &text, path)?;
         self.remove_unused_blobs()?;
         self.get(name)
     }
@@ -328,3 +334,6 @@ fn digest_of_file(path: &Path) -> io::Result<String> {
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests;
