@@ -188,15 +188,6 @@ impl<'a> Elf<'a> {
             })
     }
 
-    /// Where physical memory ends that the segments take; their sizes are not yet checked against RAM.
-    pub(crate) fn memory_end(&self) -> u64 {
-        self.loads
-            .iter()
-            .map(|load| load.address.saturating_add(load.mem_size))
-            .max()
-            .unwrap_or(0)
-    }
-
     /// The 32-bit entry point of the PVH protocol, if the file has a note that tells one.
     pub(crate) fn pvh_entry(&self) -> Result<Option<u64>, BootError> {
         for (range, align) in &self.notes {

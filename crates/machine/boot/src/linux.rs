@@ -31,18 +31,6 @@ pub(crate) fn start_unpacked<'a>(
     image: Option<&BzImage<'a>>,
 ) -> Result<(Protocol, Entry), BootError> {
     builder.place_elf(elf, source)?;
-    // A bzImage's header may ask for more memory than the segments take.
-    if let Some(image) = image {
-        let (end, wanted) = (
-            elf.memory_end(),
-            image.load_address.saturating_add(image.init_size),
-        );
-        builder.reserve(
-            "the kernel's start-up",
-            Gpa(end),
-            wanted.saturating_sub(end),
-        )?;
-    }
     let header = match image {
         Some(image) => image.header.to_vec(),
         None => vmlinux_header(),

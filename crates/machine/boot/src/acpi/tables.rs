@@ -22,6 +22,9 @@ const PM_TIMER_LEN: u8 = 4;
 const NO_C2: u16 = 101;
 const NO_C3: u16 = 1001;
 
+/// The byte of CMOS memory with the century.
+const CMOS_CENTURY: u8 = 0x32;
+
 fn port(address: u16, bits: u8, access: AccessSize) -> GAS {
     GAS::new(AddressSpace::SystemIo, bits, 0, access, address.into())
 }
@@ -35,6 +38,8 @@ pub(super) fn fadt(facs: u64, dsdt: u64) -> FADT {
         // The power button is a fixed one (its flag is clear); there is no sleep button and no wake-up by the clock.
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc)
+        // The PM timer counts 32 bits.
+        .flag(Flags::TmrValExt)
         .flag(Flags::ResetRegSup)
         .dsdt_64(dsdt);
     // Both tables lie below 4 GiB. The specification wants the FACS in one field only.
@@ -52,6 +57,7 @@ pub(super) fn fadt(facs: u64, dsdt: u64) -> FADT {
     fadt.x_pm_tmr_blk = port(ports::PM_TIMER, 32, AccessSize::DwordAccess);
     fadt.p_lvl2_lat = NO_C2.into();
     fadt.p_lvl3_lat = NO_C3.into();
+    fadt.century = CMOS_CENTURY;
     fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA | NO_ASPM).into();
     fadt.reset_reg = port(ports::RESET, 8, AccessSize::ByteAccess);
     fadt.reset_value = ports::RESET_VALUE;
