@@ -33,8 +33,13 @@ pub struct Package {
 }
 
 impl Apt {
-    /// Makes the root at `root` ready. Nothing is fetched yet.
+    /// Makes the root at `root` ready for a Debian release. Nothing is fetched yet.
     pub fn prepare(root: &Path, release: &str) -> Result<Apt, ImageError> {
+        let sources: String = sources::derive(release, &host_sources()).iter().map(|source| format!("{source}\n")).collect();
+        Apt::with_sources(root, &sources)
+    }
+
+    fn with_sources(root: &Path, sources: &str) -> Result<Apt, ImageError> {
         for (program, package) in [("apt-get", "apt"), ("apt-cache", "apt"), ("dpkg-deb", "dpkg")] {
             if !in_path(program) {
                 return Err(ImageError::MissingProgram { program, package });
@@ -48,9 +53,8 @@ impl Apt {
             fs::create_dir_all(&path).map_err(ImageError::io(&path))?;
         }
         let apt = Apt { root: root.to_owned() };
-        let sources: String = sources::derive(release, &host_sources()).iter().map(|source| format!("{source}\n")).collect();
-        if fs::read_to_string(root.join("sources.list")).ok().as_ref() != Some(&sources) {
-            apt.write("sources.list", &sources)?;
+        if fs::read_to_string(root.join("sources.list")).ok().as_deref() != Some(sources) {
+            apt.write("sources.list", sources)?;
             let _ = fs::remove_file(root.join(STAMP));
         }
         apt.write("status", "")?;
@@ -66,17 +70,18 @@ impl Apt {
     /// Fetches `packages`, each a package's name; of `kernel`, a package that only depends on the kernel itself, the
     /// one it depends on. The kernel comes first in the answer.
     pub fn fetch(&self, kernel: &str, packages: &[&str], progress: &dyn Progress) -> Result<Vec<Package>, ImageError> {
-        let fresh = self.lists_are_fresh();
-        if !fresh {
-            self.update(progress)?;
-        }
-        match self.download(kernel, packages, progress) {
-            // The mirror may have moved on since the lists were fetched.
-            Err(_) if fresh => {
-                self.update(progress)?;
-                self.download(kernel, packages, progress)
+        if self.lists_are_fresh() {
+            let fetched = self.download(kernel, packages, progress);
+            if fetched.is_ok() {
+                return fetched;
             }
-            result => result,
+            // The mirror may have moved on since the lists were fetched.
+        }
+        match self.update(progress) {
+            Ok(()) => self.download(kernel, packages, progress),
+            // Without a network, what was fetched before will do if it is all there.
+            Err(error @ ImageError::Network { .. }) => self.download(kernel, packages, progress).map_err(|_| error),
+            Err(error) => Err(error),
         }
     }
 
@@ -213,7 +218,7 @@ APT::Get::Assume-Yes "true";
 APT::Get::AllowUnauthenticated "false";
 Acquire::AllowInsecureRepositories "false";
 Acquire::Languages "none";
-Acquire::Retries "3";
+Acquire::Retries "2";
 Acquire::http::Timeout "30";
 Acquire::https::Timeout "30";
 DPkg::Lock::Timeout "300";
@@ -261,6 +266,43 @@ mod tests {
     fn apt_progress() {
         assert_eq!(download_percent("dlstatus:1:41.9:Retrieving file 1 of 2\n"), Some(41));
         assert_eq!(download_percent("Get:1 http://deb.debian.org"), None);
+    }
+
+    /// A repository on disk with one package.
+    fn repository(directory: &Path) -> String {
+        let release = "Origin: Debian\nSuite: bookworm\nCodename: bookworm\nSHA256:\n";
+        fs::write(directory.join("Packages"), "").unwrap();
+        fs::write(directory.join("Release"), release).unwrap();
+        format!("deb [signed-by={}] file:{} ./\n", sources::KEYRING, directory.display())
+    }
+
+    #[test]
+    fn an_archive_without_a_signature_is_not_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let sources = repository(directory.path());
+        let apt = Apt::with_sources(&directory.path().join("root"), &sources).unwrap();
+        let error = apt.fetch("linux-image-cloud-amd64", &[], &crate::progress::Quiet).unwrap_err();
+        assert!(matches!(error, ImageError::Untrusted { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn an_archive_signed_by_somebody_else_is_not_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let sources = repository(directory.path());
+        let signed = "-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA512\n\nOrigin: Debian\n-----BEGIN PGP SIGNATURE-----\n\nAAAA\n=AAAA\n-----END PGP SIGNATURE-----\n";
+        fs::write(directory.path().join("InRelease"), signed).unwrap();
+        let apt = Apt::with_sources(&directory.path().join("root"), &sources).unwrap();
+        let error = apt.fetch("linux-image-cloud-amd64", &[], &crate::progress::Quiet).unwrap_err();
+        assert!(matches!(error, ImageError::Untrusted { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn a_mirror_out_of_reach_is_said_to_be() {
+        let directory = tempfile::tempdir().unwrap();
+        let sources = format!("deb [signed-by={}] http://127.0.0.1:9/debian bookworm main\n", sources::KEYRING);
+        let apt = Apt::with_sources(directory.path(), &sources).unwrap();
+        let error = apt.fetch("linux-image-cloud-amd64", &[], &crate::progress::Quiet).unwrap_err();
+        assert!(matches!(error, ImageError::Network { .. }), "{error:?}");
     }
 
     #[test]

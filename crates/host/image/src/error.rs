@@ -23,6 +23,14 @@ pub enum ImageError {
     /// The environment names no place for the cache.
     #[error("no place for the image cache: set STRATA_CACHE to a directory you may write to")]
     NoCacheRoot,
+    /// The cache's directory cannot be made or written to.
+    #[error("cannot keep images in {}: {source}; set STRATA_CACHE to a directory you may write to", path.display())]
+    CacheRoot {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A manifest that this version cannot read.
     #[error("the image '{name}' cannot be read; remove it with 'strata image rm {name}' and build it again")]
     BadManifest {

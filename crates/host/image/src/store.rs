@@ -15,7 +15,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -272,9 +272,12 @@ impl Store {
 
     /// Waits for the lock and clears what dead builds left. The lock ends with the value, or with the process.
     fn lock(&self, progress: &dyn Progress) -> Result<File, ImageError> {
-        self.directory("")?;
         let path = self.root.join("lock");
-        let lock = File::options().create(true).append(true).open(&path).map_err(ImageError::io(&path))?;
+        let open = || {
+            fs::create_dir_all(&self.root)?;
+            File::options().create(true).append(true).open(&path)
+        };
+        let lock = open().map_err(|source| ImageError::CacheRoot { path: self.root.clone(), source })?;
         if lock.try_lock().is_err() {
             progress.phase(Phase::Waiting);
             lock.lock().map_err(ImageError::io(&path))?;
@@ -290,7 +293,7 @@ impl Store {
 
     fn directory(&self, name: &str) -> Result<PathBuf, ImageError> {
         let path = self.root.join(name);
-        fs::DirBuilder::new().recursive(true).mode(0o755).create(&path).map_err(ImageError::io(&path))?;
+        fs::create_dir_all(&path).map_err(ImageError::io(&path))?;
         Ok(path)
     }
 
