@@ -75,6 +75,7 @@ mod pvpanic;
 mod serial;
 #[cfg(test)]
 mod testutil;
+pub mod virtio;
 
 pub use acpi::{AcpiPm, MachineNanos};
 pub use bus::{Bus, BusDevice, BusError, BusTarget};

@@ -94,6 +94,11 @@ impl DiskError {
         offset: u64,
         len: u64,
     ) -> impl FnOnce(io::Error) -> DiskError {
-        move |source| DiskError::Io { operation, offset, len, source }
+        move |source| DiskError::Io {
+            operation,
+            offset,
+            len,
+            source,
+        }
     }
 }

@@ -32,11 +32,18 @@ pub struct Overlay {
 impl Overlay {
     /// Lays an empty overlay above `base`; its file is made in `dir` and has no name there.
     pub fn new(base: Arc<dyn DiskBackend>, dir: &Path) -> Result<Overlay, DiskError> {
-        let temporary = |source| DiskError::Temporary { dir: dir.to_owned(), source };
+        let temporary = |source| DiskError::Temporary {
+            dir: dir.to_owned(),
+            source,
+        };
         let file = tempfile::tempfile_in(dir).map_err(temporary)?;
         // Reads of clusters at the end of the disk must not meet the end of the file.
         file.set_len(base.size()).map_err(temporary)?;
-        Ok(Overlay { base, file, changed: RwLock::default() })
+        Ok(Overlay {
+            base,
+            file,
+            changed: RwLock::default(),
+        })
     }
 
     /// Bytes of the disk that differ in origin from the base, in whole clusters.
@@ -69,7 +76,9 @@ impl Overlay {
         let mut buf = [0; CLUSTER_BYTES as usize];
         let part = buf.get_mut(..(end - start) as usize).unwrap_or_default();
         self.base.read_at(start, part)?;
-        self.file.write_all_at(part, start).map_err(DiskError::io("copy", start, end - start))?;
+        self.file
+            .write_all_at(part, start)
+            .map_err(DiskError::io("copy", start, end - start))?;
         set.insert(cluster..cluster + 1);
         Ok(())
     }
@@ -114,9 +123,13 @@ impl DiskBackend for Overlay {
         while at < end {
             let (above, run_end) = set.run(at / CLUSTER_BYTES, end.div_ceil(CLUSTER_BYTES));
             let run = (run_end * CLUSTER_BYTES).min(end) - at;
-            let Some((part, after)) = rest.split_at_mut_checked(run as usize) else { break };
+            let Some((part, after)) = rest.split_at_mut_checked(run as usize) else {
+                break;
+            };
             if above {
-                self.file.read_exact_at(part, at).map_err(DiskError::io("read", at, run))?;
+                self.file
+                    .read_exact_at(part, at)
+                    .map_err(DiskError::io("read", at, run))?;
             } else {
                 self.base.read_at(at, part)?;
             }
@@ -127,7 +140,9 @@ impl DiskBackend for Overlay {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<(), DiskError> {
-        self.change(offset, len_of(buf), "write", |file| file.write_all_at(buf, offset))
+        self.change(offset, len_of(buf), "write", |file| {
+            file.write_all_at(buf, offset)
+        })
     }
 
     fn flush(&self) -> Result<(), DiskError> {
@@ -139,7 +154,9 @@ impl DiskBackend for Overlay {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), DiskError> {
-        self.change(offset, len, "zero", |file| zero_range(file, offset, len, may_unmap))
+        self.change(offset, len, "zero", |file| {
+            zero_range(file, offset, len, may_unmap)
+        })
     }
 }
 
@@ -162,17 +179,20 @@ struct ClusterSet {
 
 impl ClusterSet {
     fn contains(&self, cluster: u64) -> bool {
-        let word = self.leaves.get(&(cluster / LEAF_BITS)).and_then(|leaf| {
-            leaf.get((cluster % LEAF_BITS / WORD_BITS) as usize)
-        });
+        let word = self
+            .leaves
+            .get(&(cluster / LEAF_BITS))
+            .and_then(|leaf| leaf.get((cluster % LEAF_BITS / WORD_BITS) as usize));
         word.is_some_and(|word| word >> (cluster % WORD_BITS) & 1 != 0)
     }
 
     fn insert(&mut self, clusters: Range<u64>) {
         let mut at = clusters.start;
         while at < clusters.end {
-            let leaf =
-                self.leaves.entry(at / LEAF_BITS).or_insert_with(|| Box::new([0; LEAF_WORDS]));
+            let leaf = self
+                .leaves
+                .entry(at / LEAF_BITS)
+                .or_insert_with(|| Box::new([0; LEAF_WORDS]));
             let first = at % WORD_BITS;
             let count = (WORD_BITS - first).min(clusters.end - at);
             if let Some(word) = leaf.get_mut((at % LEAF_BITS / WORD_BITS) as usize) {
@@ -194,7 +214,11 @@ impl ClusterSet {
     }
 
     fn len(&self) -> u64 {
-        self.leaves.values().flat_map(|leaf| leaf.iter()).map(|w| u64::from(w.count_ones())).sum()
+        self.leaves
+            .values()
+            .flat_map(|leaf| leaf.iter())
+            .map(|w| u64::from(w.count_ones()))
+            .sum()
     }
 }
 
@@ -228,7 +252,10 @@ mod tests {
         expected[4000..4200].fill(1);
         expected[3 * 4096..].fill(0);
         assert_eq!(all, expected);
-        assert!(matches!(disk.write_at(3 * 4096 + 500, &[0; 13]), Err(DiskError::OutOfRange { .. })));
+        assert!(matches!(
+            disk.write_at(3 * 4096 + 500, &[0; 13]),
+            Err(DiskError::OutOfRange { .. })
+        ));
         assert_eq!(std::fs::read(file.path()).unwrap(), content);
     }
 
@@ -239,7 +266,10 @@ mod tests {
         set.insert(LEAF_BITS - 3..LEAF_BITS + 5);
         set.insert(far..far + 1);
         assert_eq!((set.len(), set.leaves.len()), (9, 3));
-        assert_eq!(set.run(LEAF_BITS - 4, 2 * LEAF_BITS), (false, LEAF_BITS - 3));
+        assert_eq!(
+            set.run(LEAF_BITS - 4, 2 * LEAF_BITS),
+            (false, LEAF_BITS - 3)
+        );
         assert_eq!(set.run(LEAF_BITS - 3, 2 * LEAF_BITS), (true, LEAF_BITS + 5));
         assert!(set.contains(far) && !set.contains(far + 1));
     }
@@ -259,7 +289,8 @@ mod tests {
         prop_oneof![
             (offset.clone(), prop::collection::vec(any::<u8>(), 0..9000))
                 .prop_map(|(at, bytes)| Action::Write(at, bytes)),
-            (offset.clone(), 0..20000_u64, any::<bool>()).prop_map(|(a, l, u)| Action::Zero(a, l, u)),
+            (offset.clone(), 0..20000_u64, any::<bool>())
+                .prop_map(|(a, l, u)| Action::Zero(a, l, u)),
             (offset.clone(), 0..20000_u64).prop_map(|(a, l)| Action::Discard(a, l)),
             (offset, 0..20000_usize).prop_map(|(a, l)| Action::Read(a, l)),
         ]

@@ -37,7 +37,10 @@ pub struct RawFile {
 impl RawFile {
     /// Opens the disk at `path` and locks it. Never changes the file, whatever it holds.
     pub fn open(path: &Path, access: Access) -> Result<RawFile, DiskError> {
-        let open_error = |source| DiskError::Open { path: path.to_owned(), source };
+        let open_error = |source| DiskError::Open {
+            path: path.to_owned(),
+            source,
+        };
         let mut file = OpenOptions::new()
             .read(true)
             .write(access == Access::ReadWrite)
@@ -47,7 +50,9 @@ impl RawFile {
             .map_err(open_error)?;
         let file_type = file.metadata().map_err(open_error)?.file_type();
         if !file_type.is_file() && !file_type.is_block_device() {
-            return Err(DiskError::NotADisk { path: path.to_owned() });
+            return Err(DiskError::NotADisk {
+                path: path.to_owned(),
+            });
         }
         let locked = match access {
             Access::ReadOnly => file.try_lock_shared(),
@@ -56,17 +61,24 @@ impl RawFile {
         match locked {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(DiskError::Locked { path: path.to_owned() });
+                return Err(DiskError::Locked {
+                    path: path.to_owned(),
+                });
             }
             Err(TryLockError::Error(source)) => return Err(open_error(source)),
         }
         // The end is sought because the metadata of a block device gives no size.
         let size = file.seek(SeekFrom::End(0)).map_err(open_error)?;
         if size == 0 {
-            return Err(DiskError::Empty { path: path.to_owned() });
+            return Err(DiskError::Empty {
+                path: path.to_owned(),
+            });
         }
         if !size.is_multiple_of(SECTOR_SIZE) {
-            return Err(DiskError::UnalignedSize { path: path.to_owned(), size });
+            return Err(DiskError::UnalignedSize {
+                path: path.to_owned(),
+                size,
+            });
         }
         Ok(RawFile { file, size, access })
     }
@@ -91,25 +103,33 @@ impl DiskBackend for RawFile {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         check_range(offset, len_of(buf), self.size)?;
         let len = len_of(buf);
-        self.file.read_exact_at(buf, offset).map_err(DiskError::io("read", offset, len))
+        self.file
+            .read_exact_at(buf, offset)
+            .map_err(DiskError::io("read", offset, len))
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<(), DiskError> {
         self.check_change(offset, len_of(buf))?;
-        self.file.write_all_at(buf, offset).map_err(DiskError::io("write", offset, len_of(buf)))
+        self.file
+            .write_all_at(buf, offset)
+            .map_err(DiskError::io("write", offset, len_of(buf)))
     }
 
     fn flush(&self) -> Result<(), DiskError> {
         if self.readonly() {
             return Ok(());
         }
-        self.file.sync_data().map_err(DiskError::io("flush", 0, self.size))
+        self.file
+            .sync_data()
+            .map_err(DiskError::io("flush", 0, self.size))
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
         self.check_change(offset, len)?;
         // Only a hint: a host that cannot punch holes simply keeps the bytes.
-        punch_hole(&self.file, offset, len).map(|_| ()).map_err(DiskError::io("discard", offset, len))
+        punch_hole(&self.file, offset, len)
+            .map(|_| ())
+            .map_err(DiskError::io("discard", offset, len))
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), DiskError> {
@@ -121,7 +141,12 @@ impl DiskBackend for RawFile {
 /// Gives the space of a range back to the host; the range then reads as zeroes.
 /// False if the host cannot do that for this file.
 pub(crate) fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<bool> {
-    try_fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+    try_fallocate(
+        file,
+        FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+        offset,
+        len,
+    )
 }
 
 /// Makes a range of a file read as zeroes, by the cheapest means the host has.
@@ -137,7 +162,10 @@ pub(crate) fn zero_range(file: &File, offset: u64, len: u64, may_unmap: bool) ->
     let mut done = 0;
     while done < len {
         let piece = (len - done).min(ZERO_PIECE_BYTES as u64);
-        file.write_all_at(zeroes.get(..piece as usize).unwrap_or(&zeroes), offset + done)?;
+        file.write_all_at(
+            zeroes.get(..piece as usize).unwrap_or(&zeroes),
+            offset + done,
+        )?;
         done += piece;
     }
     Ok(())
@@ -168,7 +196,8 @@ mod tests {
 
     fn image(size: usize) -> NamedTempFile {
         let mut file = NamedTempFile::new().unwrap();
-        file.write_all(&(0..size).map(|i| i as u8).collect::<Vec<_>>()).unwrap();
+        file.write_all(&(0..size).map(|i| i as u8).collect::<Vec<_>>())
+            .unwrap();
         file
     }
 
@@ -199,10 +228,22 @@ mod tests {
         let disk = RawFile::open(file.path(), Access::ReadWrite).unwrap();
         let mut buf = [0; 2];
         for offset in [1023, 1024, u64::MAX] {
-            assert!(matches!(disk.read_at(offset, &mut buf), Err(DiskError::OutOfRange { .. })));
-            assert!(matches!(disk.write_at(offset, &buf), Err(DiskError::OutOfRange { .. })));
-            assert!(matches!(disk.discard(offset, 2), Err(DiskError::OutOfRange { .. })));
-            assert!(matches!(disk.write_zeroes(offset, 2, true), Err(DiskError::OutOfRange { .. })));
+            assert!(matches!(
+                disk.read_at(offset, &mut buf),
+                Err(DiskError::OutOfRange { .. })
+            ));
+            assert!(matches!(
+                disk.write_at(offset, &buf),
+                Err(DiskError::OutOfRange { .. })
+            ));
+            assert!(matches!(
+                disk.discard(offset, 2),
+                Err(DiskError::OutOfRange { .. })
+            ));
+            assert!(matches!(
+                disk.write_zeroes(offset, 2, true),
+                Err(DiskError::OutOfRange { .. })
+            ));
         }
         assert!(disk.read_at(1024, &mut []).is_ok());
         assert_eq!(std::fs::metadata(file.path()).unwrap().len(), 1024);
@@ -214,7 +255,10 @@ mod tests {
         let disk = RawFile::open(file.path(), Access::ReadOnly).unwrap();
         assert!(matches!(disk.write_at(0, b"x"), Err(DiskError::ReadOnly)));
         assert!(matches!(disk.discard(0, 512), Err(DiskError::ReadOnly)));
-        assert!(matches!(disk.write_zeroes(0, 512, true), Err(DiskError::ReadOnly)));
+        assert!(matches!(
+            disk.write_zeroes(0, 512, true),
+            Err(DiskError::ReadOnly)
+        ));
         disk.flush().unwrap();
     }
 
@@ -224,7 +268,12 @@ mod tests {
         let reader = RawFile::open(file.path(), Access::ReadOnly).unwrap();
         let second = RawFile::open(file.path(), Access::ReadOnly).unwrap();
         let refused = RawFile::open(file.path(), Access::ReadWrite).unwrap_err();
-        assert!(refused.to_string().ends_with("is in use by another machine"), "{refused}");
+        assert!(
+            refused
+                .to_string()
+                .ends_with("is in use by another machine"),
+            "{refused}"
+        );
         drop((reader, second));
         let writer = RawFile::open(file.path(), Access::ReadWrite).unwrap();
         assert!(matches!(
@@ -237,7 +286,11 @@ mod tests {
 
     #[test]
     fn refuses_what_is_no_disk() {
-        for (size, expect) in [(0, "is empty"), (1, "not a multiple of 512"), (1000, "truncated")] {
+        for (size, expect) in [
+            (0, "is empty"),
+            (1, "not a multiple of 512"),
+            (1000, "truncated"),
+        ] {
             let file = image(size);
             let error = RawFile::open(file.path(), Access::ReadOnly).unwrap_err();
             assert!(error.to_string().contains(expect), "{error}");
@@ -264,6 +317,9 @@ mod tests {
         file.as_file().set_len(4096).unwrap();
         let mut buf = [0; 4096];
         disk.read_at(0, &mut buf).unwrap();
-        assert!(matches!(disk.read_at(4096, &mut buf), Err(DiskError::Io { .. })));
+        assert!(matches!(
+            disk.read_at(4096, &mut buf),
+            Err(DiskError::Io { .. })
+        ));
     }
 }
