@@ -11,13 +11,24 @@ const RUSTFLAGS: &str = "-C target-feature=+crt-static -C relocation-model=stati
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// What the init is made from, relative to the workspace.
-const SOURCES: [&str; 4] = ["guest/init/src", "guest/init/Cargo.toml", "crates/machine/agent/src", "crates/machine/agent/Cargo.toml"];
+const SOURCES: [&str; 4] = [
+    "guest/init/src",
+    "guest/init/Cargo.toml",
+    "crates/machine/agent/src",
+    "crates/machine/agent/Cargo.toml",
+];
 
 fn main() {
     let here = PathBuf::from(variable("CARGO_MANIFEST_DIR"));
-    let workspace = here.ancestors().nth(3).expect("this crate lies three levels below the workspace");
+    let workspace = here
+        .ancestors()
+        .nth(3)
+        .expect("this crate lies three levels below the workspace");
     for source in SOURCES {
-        println!("cargo::rerun-if-changed={}", workspace.join(source).display());
+        println!(
+            "cargo::rerun-if-changed={}",
+            workspace.join(source).display()
+        );
     }
     println!("cargo::rerun-if-changed=build.rs");
     let init = build_init(workspace, &PathBuf::from(variable("OUT_DIR")));
@@ -27,23 +38,47 @@ fn main() {
 fn build_init(workspace: &Path, out: &Path) -> PathBuf {
     let target_dir = out.join("guest");
     let mut cargo = Command::new(variable("CARGO"));
-    cargo.current_dir(workspace).args(["build", "--quiet", "--release", "--package", "strata-init", "--target", TARGET]);
+    cargo.current_dir(workspace).args([
+        "build",
+        "--quiet",
+        "--release",
+        "--package",
+        "strata-init",
+        "--target",
+        TARGET,
+    ]);
     cargo.arg("--target-dir").arg(&target_dir);
     // The outer cargo's settings are for the host's program: wrappers such as clippy's, coverage flags, profiles.
     for (name, _) in env::vars_os() {
         let name = name.to_string_lossy().into_owned();
-        let kept = matches!(&*name, "CARGO_HOME" | "CARGO_NET_OFFLINE" | "RUSTUP_HOME" | "RUSTUP_TOOLCHAIN");
+        let kept = matches!(
+            &*name,
+            "CARGO_HOME" | "CARGO_NET_OFFLINE" | "RUSTUP_HOME" | "RUSTUP_TOOLCHAIN"
+        );
         let proxy = name.starts_with("CARGO_HTTP_") || name.starts_with("CARGO_REGISTRIES_");
-        if !kept && !proxy && (name.starts_with("CARGO") || name.starts_with("RUST") || name.starts_with("CLIPPY")) {
+        if !kept
+            && !proxy
+            && (name.starts_with("CARGO") || name.starts_with("RUST") || name.starts_with("CLIPPY"))
+        {
             cargo.env_remove(name);
         }
     }
     cargo.env("RUSTFLAGS", RUSTFLAGS);
-    for (setting, value) in [("OPT_LEVEL", "s"), ("LTO", "true"), ("CODEGEN_UNITS", "1"), ("PANIC", "abort"), ("STRIP", "true"), ("DEBUG", "false")] {
+    for (setting, value) in [
+        ("OPT_LEVEL", "s"),
+        ("LTO", "true"),
+        ("CODEGEN_UNITS", "1"),
+        ("PANIC", "abort"),
+        ("STRIP", "true"),
+        ("DEBUG", "false"),
+    ] {
         cargo.env(format!("CARGO_PROFILE_RELEASE_{setting}"), value);
     }
     let status = cargo.status().expect("cargo starts");
-    assert!(status.success(), "the guest's init does not build: {cargo:?}");
+    assert!(
+        status.success(),
+        "the guest's init does not build: {cargo:?}"
+    );
     target_dir.join(TARGET).join("release/strata-init")
 }
 

@@ -48,7 +48,12 @@ fn mount_all() -> io::Result<()> {
         (c"proc", c"/proc", quiet, c""),
         (c"sysfs", c"/sys", quiet, c""),
         (c"devtmpfs", c"/dev", libc::MS_NOSUID, c"mode=755"),
-        (c"devpts", c"/dev/pts", libc::MS_NOSUID | libc::MS_NOEXEC, c"mode=620,gid=5,ptmxmode=666"),
+        (
+            c"devpts",
+            c"/dev/pts",
+            libc::MS_NOSUID | libc::MS_NOEXEC,
+            c"mode=620,gid=5,ptmxmode=666",
+        ),
         (c"tmpfs", c"/dev/shm", plain, c"mode=1777"),
         (c"tmpfs", c"/run", plain, c"mode=755"),
         (c"tmpfs", c"/tmp", plain, c"mode=1777"),
@@ -57,8 +62,12 @@ fn mount_all() -> io::Result<()> {
         if matches!(target.to_bytes(), b"/dev/pts" | b"/dev/shm") {
             fs::create_dir_all(target.to_string_lossy().as_ref())?;
         }
-        system::mount(kind, target, flags, data)
-            .map_err(|error| io::Error::new(error.kind(), format!("cannot mount {}: {error}", target.to_string_lossy())))?;
+        system::mount(kind, target, flags, data).map_err(|error| {
+            io::Error::new(
+                error.kind(),
+                format!("cannot mount {}: {error}", target.to_string_lossy()),
+            )
+        })?;
     }
     Ok(())
 }

@@ -27,15 +27,24 @@ pub struct Loader<'a> {
 impl<'a> Loader<'a> {
     /// Looks at the devices of this machine. `/sys` must be mounted.
     pub fn new(list: &'a str) -> Loader<'a> {
-        let present = FIXED_BUSES.iter().flat_map(|bus| device_aliases(bus)).collect();
-        Loader { lines: list.lines(), loaded: HashSet::new(), present }
+        let present = FIXED_BUSES
+            .iter()
+            .flat_map(|bus| device_aliases(bus))
+            .collect();
+        Loader {
+            lines: list.lines(),
+            loaded: HashSet::new(),
+            present,
+        }
     }
 
     /// Considers the next driver and loads it if it is wanted; false after the last one.
     ///
     /// A module that does not load is reported on the console and left: the machine may well do without.
     pub fn step(&mut self) -> bool {
-        let Some(line) = self.lines.next() else { return false };
+        let Some(line) = self.lines.next() else {
+            return false;
+        };
         let (modules, aliases) = line.split_once(" : ").unwrap_or((line, ""));
         if !self.serves_something(aliases) {
             return true;
@@ -55,15 +64,25 @@ impl<'a> Loader<'a> {
     fn serves_something(&self, aliases: &str) -> bool {
         let mut patterns = aliases.split_ascii_whitespace().peekable();
         patterns.peek().is_none()
-            || patterns.any(|pattern| self.present.iter().any(|alias| matches(pattern.as_bytes(), alias.as_bytes())))
+            || patterns.any(|pattern| {
+                self.present
+                    .iter()
+                    .any(|alias| matches(pattern.as_bytes(), alias.as_bytes()))
+            })
     }
 }
 
 /// The aliases of the devices on one bus; none if the kernel has no such bus.
 fn device_aliases(bus: &str) -> Vec<String> {
-    let Ok(devices) = fs::read_dir(Path::new("/sys/bus").join(bus).join("devices")) else { return Vec::new() };
+    let Ok(devices) = fs::read_dir(Path::new("/sys/bus").join(bus).join("devices")) else {
+        return Vec::new();
+    };
     let alias = |device: fs::DirEntry| fs::read_to_string(device.path().join("modalias")).ok();
-    devices.flatten().filter_map(alias).map(|text| text.trim_end().to_owned()).collect()
+    devices
+        .flatten()
+        .filter_map(alias)
+        .map(|text| text.trim_end().to_owned())
+        .collect()
 }
 
 /// Inserts one module. One that is already there is fine.
@@ -71,7 +90,14 @@ fn insert(path: &str) -> io::Result<()> {
     let file = File::open(path)?;
     let parameters = CString::default();
     // SAFETY: the descriptor is open and the parameter string ends in NUL; the kernel copies both arguments.
-    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), parameters.as_ptr(), 0) };
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_finit_module,
+            file.as_raw_fd(),
+            parameters.as_ptr(),
+            0,
+        )
+    };
     match result {
         0 => Ok(()),
         _ => match io::Error::last_os_error() {
@@ -97,7 +123,9 @@ fn matches(pattern: &[u8], text: &[u8]) -> bool {
                 t += 1;
             }
             _ => {
-                let Some((after_star, start)) = retry else { return false };
+                let Some((after_star, start)) = retry else {
+                    return false;
+                };
                 retry = Some((after_star, start + 1));
                 (p, t) = (after_star, start + 1);
             }
@@ -113,8 +141,14 @@ mod tests {
     #[test]
     fn patterns_of_real_modules() {
         let check = |pattern: &str, text: &str| matches(pattern.as_bytes(), text.as_bytes());
-        assert!(check("pci:v00001AF4d*sv*sd*bc*sc*i*", "pci:v00001AF4d00001042sv00001AF4sd00001100bc01sc80i00"));
-        assert!(!check("pci:v00001AF4d*sv*sd*bc*sc*i*", "pci:v00008086d00001237sv00001AF4sd00001100bc06sc00i00"));
+        assert!(check(
+            "pci:v00001AF4d*sv*sd*bc*sc*i*",
+            "pci:v00001AF4d00001042sv00001AF4sd00001100bc01sc80i00"
+        ));
+        assert!(!check(
+            "pci:v00001AF4d*sv*sd*bc*sc*i*",
+            "pci:v00008086d00001237sv00001AF4sd00001100bc06sc00i00"
+        ));
         assert!(check("virtio:d00000002v*", "virtio:d00000002v00001AF4"));
         assert!(!check("virtio:d00000002v*", "virtio:d00000013v00001AF4"));
         assert!(check("acpi*:QEMU0001:*", "acpi:QEMU0001:"));

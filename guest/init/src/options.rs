@@ -34,7 +34,9 @@ impl Options {
             None => (&words[..], &[][..]),
         };
         for word in ours {
-            let Some(option) = word.strip_prefix(b"strata.") else { continue };
+            let Some(option) = word.strip_prefix(b"strata.") else {
+                continue;
+            };
             let split = option.iter().position(|&byte| byte == b'=');
             let (name, value) = match split {
                 Some(at) => (&option[..at], &option[at + 1..]),
@@ -43,20 +45,27 @@ impl Options {
             options.set(name, value);
         }
         if !options.run.is_empty() {
-            options.run.extend(rest.iter().map(|word| OsString::from_vec(word.clone())));
+            options
+                .run
+                .extend(rest.iter().map(|word| OsString::from_vec(word.clone())));
         }
         options
     }
 
     fn set(&mut self, name: &[u8], value: &[u8]) {
-        let text = || Some(String::from_utf8_lossy(value).into_owned()).filter(|text| !text.is_empty());
+        let text =
+            || Some(String::from_utf8_lossy(value).into_owned()).filter(|text| !text.is_empty());
         let number = || text().and_then(|text| text.parse().ok()).unwrap_or(0);
         match name {
             b"console" => self.console = text(),
             b"agent" => self.agent = value == b"1",
             b"run" => {
-                let words = value.split(|byte| byte.is_ascii_whitespace()).filter(|word| !word.is_empty());
-                self.run = words.map(|word| OsString::from_vec(word.to_vec())).collect();
+                let words = value
+                    .split(|byte| byte.is_ascii_whitespace())
+                    .filter(|word| !word.is_empty());
+                self.run = words
+                    .map(|word| OsString::from_vec(word.to_vec()))
+                    .collect();
             }
             b"hostname" => self.hostname = text(),
             b"term" => self.term = text(),
@@ -97,21 +106,36 @@ mod tests {
     #[test]
     fn options_among_the_kernels_own() {
         let options = Options::parse(b"quiet console=ttyS0 strata.console=hvc0 strata.rows=50 strata.cols=132 strata.agent=1\n");
-        let expected = Options { console: Some("hvc0".into()), agent: true, rows: 50, cols: 132, ..Options::default() };
+        let expected = Options {
+            console: Some("hvc0".into()),
+            agent: true,
+            rows: 50,
+            cols: 132,
+            ..Options::default()
+        };
         assert_eq!(options, expected);
     }
 
     #[test]
     fn nothing_asked() {
         assert_eq!(Options::parse(b""), Options::default());
-        assert_eq!(Options::parse(b"strata. strata.rows=many strata.unknown=1 strata.agent=0"), Options::default());
+        assert_eq!(
+            Options::parse(b"strata. strata.rows=many strata.unknown=1 strata.agent=0"),
+            Options::default()
+        );
     }
 
     #[test]
     fn program_with_arguments() {
         assert_eq!(run("strata.run=/bin/true quiet"), ["/bin/true"]);
-        assert_eq!(run("\"strata.run=/bin/echo a  b\" quiet"), ["/bin/echo", "a", "b"]);
-        assert_eq!(run("strata.run=\"/bin/echo a\" -- \"b c\" d"), ["/bin/echo", "a", "b c", "d"]);
+        assert_eq!(
+            run("\"strata.run=/bin/echo a  b\" quiet"),
+            ["/bin/echo", "a", "b"]
+        );
+        assert_eq!(
+            run("strata.run=\"/bin/echo a\" -- \"b c\" d"),
+            ["/bin/echo", "a", "b c", "d"]
+        );
         assert_eq!(run("quiet -- strata.run=/bin/true"), [""; 0]);
     }
 }

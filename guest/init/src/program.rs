@@ -35,26 +35,55 @@ pub struct User {
 impl User {
     /// The one everything runs as unless told otherwise.
     pub fn root() -> User {
-        User { name: "root".to_owned(), uid: 0, gid: 0, home: "/root".to_owned() }
+        User {
+            name: "root".to_owned(),
+            uid: 0,
+            gid: 0,
+            home: "/root".to_owned(),
+        }
     }
 
     /// Finds a user by name or number. A number needs no entry.
     fn find(wanted: &str, passwd: &str) -> Option<User> {
         let parse = |line: &str| {
             let fields: Vec<&str> = line.split(':').collect();
-            let &[name, _, uid, gid, _, home, ..] = fields.as_slice() else { return None };
-            Some(User { name: name.to_owned(), uid: uid.parse().ok()?, gid: gid.parse().ok()?, home: home.to_owned() })
+            let &[name, _, uid, gid, _, home, ..] = fields.as_slice() else {
+                return None;
+            };
+            Some(User {
+                name: name.to_owned(),
+                uid: uid.parse().ok()?,
+                gid: gid.parse().ok()?,
+                home: home.to_owned(),
+            })
         };
         let number = wanted.parse().ok();
-        let listed = passwd.lines().filter_map(parse).find(|user| user.name == wanted || Some(user.uid) == number);
-        listed.or_else(|| number.map(|uid| User { name: wanted.to_owned(), uid, gid: uid, home: "/".to_owned() }))
+        let listed = passwd
+            .lines()
+            .filter_map(parse)
+            .find(|user| user.name == wanted || Some(user.uid) == number);
+        listed.or_else(|| {
+            number.map(|uid| User {
+                name: wanted.to_owned(),
+                uid,
+                gid: uid,
+                home: "/".to_owned(),
+            })
+        })
     }
 }
 
 /// The environment of a login of `user`.
 pub fn environment(command: &mut Command, user: &User) {
-    command.env_clear().env("PATH", PATH).env("HOME", &user.home).env("USER", &user.name);
-    command.env("LOGNAME", &user.name).env("SHELL", "/bin/sh").env("TERM", TERM);
+    command
+        .env_clear()
+        .env("PATH", PATH)
+        .env("HOME", &user.home)
+        .env("USER", &user.name);
+    command
+        .env("LOGNAME", &user.name)
+        .env("SHELL", "/bin/sh")
+        .env("TERM", TERM);
 }
 
 /// A running program and our ends of its streams, which never block.
@@ -73,10 +102,19 @@ pub struct Program {
 
 /// Starts a program, or says why not.
 pub fn start(exec: &Exec) -> Result<Program, (FailReason, String)> {
-    let other = |error: io::Error| (FailReason::Other, format!("cannot start a program: {error}"));
+    let other = |error: io::Error| {
+        (
+            FailReason::Other,
+            format!("cannot start a program: {error}"),
+        )
+    };
     let mut command = prepare(exec)?;
     let name = command.get_program().display().to_string();
-    let terminal = if exec.tty { Some(system::open_terminal().map_err(other)?) } else { None };
+    let terminal = if exec.tty {
+        Some(system::open_terminal().map_err(other)?)
+    } else {
+        None
+    };
     match &terminal {
         Some((master, terminal)) => {
             if exec.rows > 0 && exec.cols > 0 {
@@ -88,7 +126,10 @@ pub fn start(exec: &Exec) -> Result<Program, (FailReason, String)> {
             unsafe { command.pre_exec(|| system::lead_session(Some(BorrowedFd::borrow_raw(0)))) };
         }
         None => {
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            command
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped());
             // SAFETY: the closure only makes system calls.
             unsafe { command.pre_exec(|| system::lead_session(None)) };
         }
@@ -112,23 +153,41 @@ pub fn start(exec: &Exec) -> Result<Program, (FailReason, String)> {
             (clone()?, clone()?, None, Some(master))
         }
         None => {
-            let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-            (stdin.map(OwnedFd::from), stdout.map(OwnedFd::from), stderr.map(OwnedFd::from), None)
+            let (stdin, stdout, stderr) =
+                (child.stdin.take(), child.stdout.take(), child.stderr.take());
+            (
+                stdin.map(OwnedFd::from),
+                stdout.map(OwnedFd::from),
+                stderr.map(OwnedFd::from),
+                None,
+            )
         }
     };
     let (stdin, stdout, stderr, terminal) = streams;
     for end in [&stdin, &stdout, &stderr].into_iter().flatten() {
         system::set_nonblocking(end.as_fd()).map_err(other)?;
     }
-    Ok(Program { child, stdin, stdout, stderr, terminal })
+    Ok(Program {
+        child,
+        stdin,
+        stdout,
+        stderr,
+        terminal,
+    })
 }
 
 /// The command for a request, without its streams.
 fn prepare(exec: &Exec) -> Result<Command, (FailReason, String)> {
     let other = |text: String| (FailReason::Other, text);
-    let (program, arguments) = exec.argv.split_first().ok_or_else(|| other("no program is named".to_owned()))?;
+    let (program, arguments) = exec
+        .argv
+        .split_first()
+        .ok_or_else(|| other("no program is named".to_owned()))?;
     if program.is_empty() {
-        return Err((FailReason::NotFound, "a program without a name: not found".to_owned()));
+        return Err((
+            FailReason::NotFound,
+            "a program without a name: not found".to_owned(),
+        ));
     }
     let mut command = Command::new(OsStr::from_bytes(program));
     command.args(arguments.iter().map(|argument| OsStr::from_bytes(argument)));
@@ -138,20 +197,31 @@ fn prepare(exec: &Exec) -> Result<Command, (FailReason, String)> {
         wanted => {
             let wanted = String::from_utf8_lossy(wanted);
             let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-            User::find(&wanted, &passwd).ok_or_else(|| other(format!("there is no user '{wanted}'")))?
+            User::find(&wanted, &passwd)
+                .ok_or_else(|| other(format!("there is no user '{wanted}'")))?
         }
     };
     environment(&mut command, &user);
     for setting in &exec.env {
-        let at = setting.iter().position(|&byte| byte == b'=').unwrap_or(setting.len());
+        let at = setting
+            .iter()
+            .position(|&byte| byte == b'=')
+            .unwrap_or(setting.len());
         let (name, value) = setting.split_at(at);
-        command.env(OsStr::from_bytes(name), OsString::from_vec(value.iter().skip(1).copied().collect()));
+        command.env(
+            OsStr::from_bytes(name),
+            OsString::from_vec(value.iter().skip(1).copied().collect()),
+        );
     }
     if !exec.user.is_empty() {
         command.uid(user.uid).gid(user.gid);
     }
 
-    let cwd = if exec.cwd.is_empty() { Path::new("/") } else { Path::new(OsStr::from_bytes(&exec.cwd)) };
+    let cwd = if exec.cwd.is_empty() {
+        Path::new("/")
+    } else {
+        Path::new(OsStr::from_bytes(&exec.cwd))
+    };
     if !cwd.is_dir() {
         return Err(other(format!("{}: no such directory", cwd.display())));
     }
@@ -166,11 +236,25 @@ mod tests {
     #[test]
     fn users() {
         let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nbob:x:1000:100::/home/bob:/bin/sh\n";
-        let bob = User { name: "bob".into(), uid: 1000, gid: 100, home: "/home/bob".into() };
-        assert_eq!(User::find("root", passwd), Some(User { name: "root".into(), ..User::root() }));
+        let bob = User {
+            name: "bob".into(),
+            uid: 1000,
+            gid: 100,
+            home: "/home/bob".into(),
+        };
+        assert_eq!(
+            User::find("root", passwd),
+            Some(User {
+                name: "root".into(),
+                ..User::root()
+            })
+        );
         assert_eq!(User::find("bob", passwd).as_ref(), Some(&bob));
         assert_eq!(User::find("1000", passwd), Some(bob));
-        assert_eq!(User::find("7", passwd).map(|user| (user.uid, user.gid, user.home)), Some((7, 7, "/".into())));
+        assert_eq!(
+            User::find("7", passwd).map(|user| (user.uid, user.gid, user.home)),
+            Some((7, 7, "/".into()))
+        );
         assert_eq!(User::find("eve", passwd), None);
     }
 }

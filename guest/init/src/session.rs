@@ -79,18 +79,34 @@ impl Session {
     fn wait(&self) -> io::Result<()> {
         let mut entries = Vec::with_capacity(5);
         let mut add = |file: &dyn AsRawFd, events: libc::c_short| {
-            entries.push(libc::pollfd { fd: file.as_raw_fd(), events, revents: 0 });
+            entries.push(libc::pollfd {
+                fd: file.as_raw_fd(),
+                events,
+                revents: 0,
+            });
         };
-        let to_send = if self.endpoint.outgoing().is_empty() { 0 } else { libc::POLLOUT };
+        let to_send = if self.endpoint.outgoing().is_empty() {
+            0
+        } else {
+            libc::POLLOUT
+        };
         add(&self.connection, libc::POLLIN | to_send);
         if let Some(running) = &self.running {
             if running.status.is_none() {
                 add(&running.handle, libc::POLLIN);
             }
-            if let Some(stdin) = running.program.stdin.as_ref().filter(|_| !running.input.is_empty()) {
+            if let Some(stdin) = running
+                .program
+                .stdin
+                .as_ref()
+                .filter(|_| !running.input.is_empty())
+            {
                 add(stdin, libc::POLLOUT);
             }
-            for (stream, output) in [(Stream::Stdout, &running.program.stdout), (Stream::Stderr, &running.program.stderr)] {
+            for (stream, output) in [
+                (Stream::Stdout, &running.program.stdout),
+                (Stream::Stderr, &running.program.stderr),
+            ] {
                 if let Some(output) = output.as_ref().filter(|_| self.has_room(stream)) {
                     add(output, libc::POLLIN);
                 }
@@ -125,11 +141,19 @@ impl Session {
             Message::Exec(exec) => return self.start(&exec),
             Message::Ping => self.endpoint.send(&Message::Pong).map_err(protocol)?,
             Message::PowerOff { reboot } => {
-                self.ending = Some(if reboot { Ending::Reboot } else { Ending::PowerOff });
+                self.ending = Some(if reboot {
+                    Ending::Reboot
+                } else {
+                    Ending::PowerOff
+                });
                 self.endpoint.send(&Message::Done).map_err(protocol)?;
             }
             Message::IdentityChanged { .. } | Message::TimeStepped { .. } => {
-                self.endpoint.send(&Message::Unsupported { kind: message.kind() }).map_err(protocol)?;
+                self.endpoint
+                    .send(&Message::Unsupported {
+                        kind: message.kind(),
+                    })
+                    .map_err(protocol)?;
             }
             message => {
                 if let Some(running) = &mut self.running {
@@ -146,17 +170,29 @@ impl Session {
                 let pid = program.child.id();
                 let handle = system::process_handle(pid)?;
                 let (status, input, input_ended) = (None, Vec::new(), false);
-                self.running = Some(Running { program, handle, status, input, input_ended, last_input: b'\n' });
+                self.running = Some(Running {
+                    program,
+                    handle,
+                    status,
+                    input,
+                    input_ended,
+                    last_input: b'\n',
+                });
                 Message::Started { pid }
             }
-            Err((reason, text)) => Message::Failed { reason, text: text.into_bytes() },
+            Err((reason, text)) => Message::Failed {
+                reason,
+                text: text.into_bytes(),
+            },
         };
         self.endpoint.send(&answer).map_err(protocol)
     }
 
     /// Moves what can be moved to and from the program, and reports its end once all its output is on its way.
     fn move_data(&mut self) -> io::Result<()> {
-        let Some(mut running) = self.running.take() else { return Ok(()) };
+        let Some(mut running) = self.running.take() else {
+            return Ok(());
+        };
         if running.status.is_none() {
             running.status = running.program.child.try_wait()?.map(exit_status);
         }
@@ -167,7 +203,10 @@ impl Session {
         let stderr_dry = self.relay(Stream::Stderr, &mut running.program.stderr)?;
         match running.status {
             // A process that lives on with the program's streams does not hold up the end.
-            Some(status) if stdout_dry && stderr_dry => self.endpoint.send(&Message::Exited(status)).map_err(protocol),
+            Some(status) if stdout_dry && stderr_dry => self
+                .endpoint
+                .send(&Message::Exited(status))
+                .map_err(protocol),
             _ => {
                 self.running = Some(running);
                 Ok(())
@@ -186,7 +225,11 @@ impl Session {
             match attempt(|| read(source, &mut buffer[..most])) {
                 Ok(Some(length)) if length > 0 => {
                     let data = buffer[..length].to_vec();
-                    let message = if stream == Stream::Stdout { Message::Stdout(data) } else { Message::Stderr(data) };
+                    let message = if stream == Stream::Stdout {
+                        Message::Stdout(data)
+                    } else {
+                        Message::Stderr(data)
+                    };
                     self.endpoint.send(&message).map_err(protocol)?;
                 }
                 Ok(None) => return Ok(true),
@@ -199,7 +242,9 @@ impl Session {
 
     fn write_connection(&mut self) -> io::Result<()> {
         while !self.endpoint.outgoing().is_empty() {
-            let Some(length) = attempt(|| self.connection.write(self.endpoint.outgoing()))? else { break };
+            let Some(length) = attempt(|| self.connection.write(self.endpoint.outgoing()))? else {
+                break;
+            };
             self.endpoint.sent(length);
         }
         Ok(())
@@ -213,7 +258,11 @@ impl Running {
             Message::Stdin(data) => self.input.extend(data),
             Message::StdinEof => self.input_ended = true,
             Message::Signal(number) if self.status.is_none() => {
-                let foreground = self.program.terminal.as_ref().map(|master| system::foreground_group(master.as_fd()));
+                let foreground = self
+                    .program
+                    .terminal
+                    .as_ref()
+                    .map(|master| system::foreground_group(master.as_fd()));
                 let group = foreground.and_then(Result::ok).unwrap_or(group);
                 // It may be gone already, or the number be no signal: then there is nobody to tell.
                 let _ = system::kill(-group, i32::from(number));
@@ -233,7 +282,10 @@ impl Running {
         while let (Some(stdin), false) = (&self.program.stdin, self.input.is_empty()) {
             match attempt(|| write(stdin, &self.input)) {
                 Ok(Some(length)) => {
-                    self.last_input = self.input[..length].last().copied().unwrap_or(self.last_input);
+                    self.last_input = self.input[..length]
+                        .last()
+                        .copied()
+                        .unwrap_or(self.last_input);
                     self.input.drain(..length);
                     gone += length;
                 }
@@ -253,7 +305,11 @@ impl Running {
     fn end_input(&mut self) {
         if let (Some(master), true) = (&self.program.stdin, self.program.terminal.is_some()) {
             // In the middle of a line the first one only ends the line.
-            let ends: &[u8] = if self.last_input == b'\n' { &[END_OF_INPUT] } else { &[END_OF_INPUT; 2] };
+            let ends: &[u8] = if self.last_input == b'\n' {
+                &[END_OF_INPUT]
+            } else {
+                &[END_OF_INPUT; 2]
+            };
             let _ = write(master, ends);
         }
         self.program.stdin = None;
@@ -264,7 +320,11 @@ impl Running {
         let group = -(self.program.child.id() as i32);
         let _ = system::kill(group, libc::SIGHUP);
         let _ = system::kill(group, libc::SIGCONT);
-        let mut entry = [libc::pollfd { fd: self.handle.as_raw_fd(), events: libc::POLLIN, revents: 0 }];
+        let mut entry = [libc::pollfd {
+            fd: self.handle.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        }];
         let _ = system::poll(&mut entry, HANGUP_GRACE_MS);
         let _ = system::kill(group, libc::SIGKILL);
         let _ = self.program.child.wait();

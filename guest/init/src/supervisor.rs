@@ -25,7 +25,13 @@ const GRACE_MS: i64 = 2_000;
 
 /// Does all that is left of booting, then lives until the machine ends. Returns only on failure.
 pub fn run(options: &Options) -> io::Error {
-    let signals = Signals::block(&[libc::SIGCHLD, libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM, libc::SIGINT]);
+    let signals = Signals::block(&[
+        libc::SIGCHLD,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+        libc::SIGTERM,
+        libc::SIGINT,
+    ]);
     match Machine::start(options, &signals).and_then(|machine| machine.live()) {
         Ok(ending) => end(ending, &signals),
         Err(error) => error,
@@ -56,10 +62,18 @@ impl<'a> Machine<'a> {
                 }
             }
         }
-        complain("host name", system::set_hostname(options.hostname.as_deref().unwrap_or("strata")));
+        complain(
+            "host name",
+            system::set_hostname(options.hostname.as_deref().unwrap_or("strata")),
+        );
         complain("loopback interface", system::loopback_up());
 
-        let mut machine = Machine { options, signals, main: None, agent };
+        let mut machine = Machine {
+            options,
+            signals,
+            main: None,
+            agent,
+        };
         if !options.run.is_empty() {
             machine.main = Some(start_program(options)?);
         } else if options.console.is_some() || !options.agent {
@@ -86,7 +100,9 @@ impl<'a> Machine<'a> {
             while let Ok(Some((pid, ended))) = system::reap() {
                 if Some(pid) == self.main {
                     match ended {
-                        Ended::Killed(_) if self.options.run.is_empty() => self.main = Some(start_shell(self.options)?),
+                        Ended::Killed(_) if self.options.run.is_empty() => {
+                            self.main = Some(start_shell(self.options)?)
+                        }
                         _ => {
                             report(self.options, ended);
                             return Ok(Ending::PowerOff);
@@ -102,11 +118,18 @@ impl<'a> Machine<'a> {
 
 /// Says how the one program ended, unless it went well.
 fn report(options: &Options, ended: Ended) {
-    let Some(program) = options.run.first() else { return };
+    let Some(program) = options.run.first() else {
+        return;
+    };
     match ended {
         Ended::Exited(0) => {}
-        Ended::Exited(status) => eprintln!("strata-init: {}: exit status {status}", program.display()),
-        Ended::Killed(signal) => eprintln!("strata-init: {}: killed by signal {signal}", program.display()),
+        Ended::Exited(status) => {
+            eprintln!("strata-init: {}: exit status {status}", program.display())
+        }
+        Ended::Killed(signal) => eprintln!(
+            "strata-init: {}: killed by signal {signal}",
+            program.display()
+        ),
     }
 }
 
@@ -124,32 +147,55 @@ fn command(program: &OsStr, options: &Options) -> Command {
 fn start_shell(options: &Options) -> io::Result<u32> {
     let name = options.console.clone().unwrap_or_else(active_console);
     let path = Path::new("/dev").join(&name);
-    let terminal = File::options().read(true).write(true).open(&path).map_err(|error| named(&path, error))?;
+    let terminal = File::options()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(|error| named(&path, error))?;
     if options.rows > 0 && options.cols > 0 {
-        complain("window size", system::set_window_size(terminal.as_fd(), options.rows, options.cols));
+        complain(
+            "window size",
+            system::set_window_size(terminal.as_fd(), options.rows, options.cols),
+        );
     }
     let mut shell = command(OsStr::new("/bin/sh"), options);
     shell.arg0("-sh").current_dir("/root");
-    shell.stdin(terminal.try_clone()?).stdout(terminal.try_clone()?).stderr(terminal);
+    shell
+        .stdin(terminal.try_clone()?)
+        .stdout(terminal.try_clone()?)
+        .stderr(terminal);
     // SAFETY: the closure only makes system calls; descriptor 0 is the terminal by then.
     unsafe { shell.pre_exec(|| system::lead_session(Some(BorrowedFd::borrow_raw(0)))) };
-    shell.spawn().map(|child| child.id()).map_err(|error| named(Path::new("/bin/sh"), error))
+    shell
+        .spawn()
+        .map(|child| child.id())
+        .map_err(|error| named(Path::new("/bin/sh"), error))
 }
 
 /// Starts the one program, with the kernel's console for input and output.
 fn start_program(options: &Options) -> io::Result<u32> {
     let (program, arguments) = options.run.split_first().ok_or(io::ErrorKind::NotFound)?;
     let mut program = command(program, options);
-    program.args(arguments).current_dir("/root").stdin(Stdio::inherit());
+    program
+        .args(arguments)
+        .current_dir("/root")
+        .stdin(Stdio::inherit());
     // SAFETY: the closure only makes system calls.
     unsafe { program.pre_exec(|| system::lead_session(None)) };
-    program.spawn().map(|child| child.id()).map_err(|error| named(Path::new(program.get_program()), error))
+    program
+        .spawn()
+        .map(|child| child.id())
+        .map_err(|error| named(Path::new(program.get_program()), error))
 }
 
 /// The terminal behind `/dev/console`, which itself cannot be a controlling terminal.
 fn active_console() -> String {
     let active = fs::read_to_string("/sys/class/tty/console/active").unwrap_or_default();
-    active.split_ascii_whitespace().next_back().unwrap_or("console").to_owned()
+    active
+        .split_ascii_whitespace()
+        .next_back()
+        .unwrap_or("console")
+        .to_owned()
 }
 
 /// Ends every other process, writes back and unmounts disks, and ends the machine.
@@ -171,7 +217,11 @@ fn end(ending: Ending, signals: &Signals) -> io::Error {
     }
     system::drain(io::stdout().as_fd());
     let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
-    for line in mounts.lines().rev().filter(|line| line.starts_with("/dev/")) {
+    for line in mounts
+        .lines()
+        .rev()
+        .filter(|line| line.starts_with("/dev/"))
+    {
         let target = line.split(' ').nth(1).unwrap_or_default();
         system::unmount(&system::c_string(target.as_bytes()));
     }

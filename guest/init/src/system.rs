@@ -8,13 +8,26 @@ use std::ptr;
 
 /// Turns the C convention of -1 into an error.
 pub fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// Mounts a file system that has no backing device.
 pub fn mount(kind: &CStr, target: &CStr, flags: libc::c_ulong, data: &CStr) -> io::Result<()> {
     // SAFETY: all strings end in NUL and outlive the call; the kernel copies them.
-    check(unsafe { libc::mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr().cast()) }).map(drop)
+    check(unsafe {
+        libc::mount(
+            kind.as_ptr(),
+            target.as_ptr(),
+            kind.as_ptr(),
+            flags,
+            data.as_ptr().cast(),
+        )
+    })
+    .map(drop)
 }
 
 /// Detaches whatever is mounted at `target`, or makes it read-only if it is in use.
@@ -23,7 +36,13 @@ pub fn unmount(target: &CStr) {
     unsafe {
         if libc::umount2(target.as_ptr(), 0) != 0 {
             let flags = libc::MS_REMOUNT | libc::MS_RDONLY;
-            libc::mount(ptr::null(), target.as_ptr(), ptr::null(), flags, ptr::null());
+            libc::mount(
+                ptr::null(),
+                target.as_ptr(),
+                ptr::null(),
+                flags,
+                ptr::null(),
+            );
         }
     }
 }
@@ -37,14 +56,21 @@ pub fn set_hostname(name: &str) -> io::Result<()> {
 /// Brings the loopback interface up; it gets its addresses by itself.
 pub fn loopback_up() -> io::Result<()> {
     // SAFETY: a plain system call; the result is checked before it becomes an owned descriptor.
-    let socket = unsafe { OwnedFd::from_raw_fd(check(libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0))?) };
+    let socket = unsafe {
+        OwnedFd::from_raw_fd(check(libc::socket(
+            libc::AF_INET,
+            libc::SOCK_DGRAM | libc::SOCK_CLOEXEC,
+            0,
+        ))?)
+    };
     // SAFETY: all-zero bytes are a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { MaybeUninit::zeroed().assume_init() };
     request.ifr_name[0] = b'l' as libc::c_char;
     request.ifr_name[1] = b'o' as libc::c_char;
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     // SAFETY: the request is a valid `ifreq` that outlives the call.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) }).map(drop)
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) })
+        .map(drop)
 }
 
 /// Gives the calling process the start of a program of its own: a new session, with `terminal` (if any) as its
@@ -56,10 +82,16 @@ pub fn lead_session(terminal: Option<BorrowedFd>) -> io::Result<()> {
     // SAFETY: `sigemptyset` initialises the set before it is read; the other calls have no pointers.
     unsafe {
         libc::sigemptyset(none.as_mut_ptr());
-        check(libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), ptr::null_mut()))?;
+        check(libc::sigprocmask(
+            libc::SIG_SETMASK,
+            none.as_ptr(),
+            ptr::null_mut(),
+        ))?;
         check(libc::setsid())?;
         match terminal {
-            Some(terminal) => check(libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 1)).map(drop),
+            Some(terminal) => {
+                check(libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 1)).map(drop)
+            }
             None => Ok(()),
         }
     }
@@ -67,7 +99,12 @@ pub fn lead_session(terminal: Option<BorrowedFd>) -> io::Result<()> {
 
 /// Tells a terminal its size in characters.
 pub fn set_window_size(terminal: BorrowedFd, rows: u16, cols: u16) -> io::Result<()> {
-    let size = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     // SAFETY: the structure outlives the call.
     check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }).map(drop)
 }
@@ -127,8 +164,13 @@ impl Signals {
 
     /// Waits for one of the signals, at most `limit_ms` milliseconds if that is given.
     pub fn next(&self, limit_ms: Option<i64>) -> Option<libc::c_int> {
-        let limit = limit_ms.map(|ms| libc::timespec { tv_sec: ms / 1000, tv_nsec: ms % 1000 * 1_000_000 });
-        let limit = limit.as_ref().map_or(ptr::null(), |limit| limit as *const libc::timespec);
+        let limit = limit_ms.map(|ms| libc::timespec {
+            tv_sec: ms / 1000,
+            tv_nsec: ms % 1000 * 1_000_000,
+        });
+        let limit = limit
+            .as_ref()
+            .map_or(ptr::null(), |limit| limit as *const libc::timespec);
         // SAFETY: the set is initialised, the limit is null or a valid time; nobody asks for details of the signal.
         let signal = unsafe { libc::sigtimedwait(&raw const self.0, ptr::null_mut(), limit) };
         (signal > 0).then_some(signal)
@@ -191,7 +233,12 @@ pub fn set_nonblocking(file: BorrowedFd) -> io::Result<()> {
     // SAFETY: system calls without pointers.
     unsafe {
         let flags = check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))?;
-        check(libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK)).map(drop)
+        check(libc::fcntl(
+            file.as_raw_fd(),
+            libc::F_SETFL,
+            flags | libc::O_NONBLOCK,
+        ))
+        .map(drop)
     }
 }
 
@@ -207,7 +254,13 @@ pub fn process_handle(pid: u32) -> io::Result<OwnedFd> {
 /// Waits until one of the descriptors is ready for what it is polled for, at most `limit_ms` (-1: no limit).
 pub fn poll(entries: &mut [libc::pollfd], limit_ms: libc::c_int) -> io::Result<()> {
     // SAFETY: the slice is a valid array of that length.
-    match check(unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, limit_ms) }) {
+    match check(unsafe {
+        libc::poll(
+            entries.as_mut_ptr(),
+            entries.len() as libc::nfds_t,
+            limit_ms,
+        )
+    }) {
         Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
         result => result.map(drop),
     }
@@ -220,7 +273,11 @@ pub fn open_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
     // SAFETY: paths and arguments outlive the calls; results are checked before they become owned descriptors.
     unsafe {
         let master = OwnedFd::from_raw_fd(check(libc::open(c"/dev/ptmx".as_ptr(), flags))?);
-        check(libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock))?;
+        check(libc::ioctl(
+            master.as_raw_fd(),
+            libc::TIOCSPTLCK,
+            &raw const unlock,
+        ))?;
         let terminal = check(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags))?;
         Ok((master, OwnedFd::from_raw_fd(terminal)))
     }
@@ -231,20 +288,32 @@ pub fn foreground_group(master: BorrowedFd) -> io::Result<i32> {
     let mut group: libc::pid_t = 0;
     // SAFETY: the number outlives the call.
     check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPGRP, &raw mut group) })?;
-    if group > 0 { Ok(group) } else { Err(io::ErrorKind::NotFound.into()) }
+    if group > 0 {
+        Ok(group)
+    } else {
+        Err(io::ErrorKind::NotFound.into())
+    }
 }
 
 /// Listens on a vsock port for the host.
 pub fn listen_vsock(port: u32) -> io::Result<OwnedFd> {
     // SAFETY: the address is fully initialised and its true size is passed; the socket is checked before it is owned.
     unsafe {
-        let socket = OwnedFd::from_raw_fd(check(libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0))?);
+        let socket = OwnedFd::from_raw_fd(check(libc::socket(
+            libc::AF_VSOCK,
+            libc::SOCK_STREAM | libc::SOCK_CLOEXEC,
+            0,
+        ))?);
         let mut address: libc::sockaddr_vm = MaybeUninit::zeroed().assume_init();
         address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
         address.svm_port = port;
         address.svm_cid = libc::VMADDR_CID_ANY;
         let size = size_of_val(&address) as libc::socklen_t;
-        check(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size))?;
+        check(libc::bind(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size,
+        ))?;
         check(libc::listen(socket.as_raw_fd(), 64))?;
         Ok(socket)
     }
@@ -255,13 +324,22 @@ pub fn accept(listener: BorrowedFd) -> io::Result<OwnedFd> {
     // SAFETY: nobody asks for the peer's address; the result is checked before it becomes an owned descriptor.
     unsafe {
         let flags = libc::SOCK_CLOEXEC;
-        Ok(OwnedFd::from_raw_fd(check(libc::accept4(listener.as_raw_fd(), ptr::null_mut(), ptr::null_mut(), flags))?))
+        Ok(OwnedFd::from_raw_fd(check(libc::accept4(
+            listener.as_raw_fd(),
+            ptr::null_mut(),
+            ptr::null_mut(),
+            flags,
+        ))?))
     }
 }
 
 /// Has the kernel reap this process's children, or leaves that to the process.
 pub fn reap_automatically(automatic: bool) {
-    let action = if automatic { libc::SIG_IGN } else { libc::SIG_DFL };
+    let action = if automatic {
+        libc::SIG_IGN
+    } else {
+        libc::SIG_DFL
+    };
     // SAFETY: both are valid dispositions; no handler of ours is involved.
     unsafe { libc::signal(libc::SIGCHLD, action) };
 }

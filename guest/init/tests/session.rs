@@ -20,7 +20,10 @@ fn connect() -> (Client<UnixStream>, Served) {
 }
 
 fn command(argv: &[&str]) -> Exec {
-    Exec { argv: argv.iter().map(|word| word.as_bytes().to_vec()).collect(), ..Exec::default() }
+    Exec {
+        argv: argv.iter().map(|word| word.as_bytes().to_vec()).collect(),
+        ..Exec::default()
+    }
 }
 
 fn shell(script: &str) -> Exec {
@@ -39,7 +42,11 @@ fn finish(mut process: Process<UnixStream>) -> (String, String, ExitStatus) {
             Output::Stdout(data) => stdout.extend(data),
             Output::Stderr(data) => stderr.extend(data),
             Output::Exited(status) => {
-                return (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap(), status);
+                return (
+                    String::from_utf8(stdout).unwrap(),
+                    String::from_utf8(stderr).unwrap(),
+                    status,
+                );
             }
         }
     }
@@ -64,9 +71,15 @@ fn streams_are_separate_and_the_status_comes_back() {
 
 #[test]
 fn environment_and_directory() {
-    let exec = Exec { env: vec![b"GREETING=a b".to_vec(), b"HOME=/elsewhere".to_vec()], ..shell("echo $GREETING $HOME $USER; pwd") };
+    let exec = Exec {
+        env: vec![b"GREETING=a b".to_vec(), b"HOME=/elsewhere".to_vec()],
+        ..shell("echo $GREETING $HOME $USER; pwd")
+    };
     assert_eq!(run(exec), text("a b /elsewhere root\n/\n"));
-    let exec = Exec { cwd: b"/usr".to_vec(), ..command(&["pwd"]) };
+    let exec = Exec {
+        cwd: b"/usr".to_vec(),
+        ..command(&["pwd"])
+    };
     assert_eq!(run(exec), text("/usr\n"));
 }
 
@@ -76,14 +89,35 @@ fn what_cannot_start() {
         Err(ClientError::Failed { reason, text }) => (reason, text),
         _ => panic!("it started"),
     };
-    assert_eq!(fails(command(&["no-such-program"])), (FailReason::NotFound, "no-such-program: not found".into()));
-    assert_eq!(fails(command(&["/etc/passwd"])), (FailReason::NotExecutable, "/etc/passwd: not executable".into()));
+    assert_eq!(
+        fails(command(&["no-such-program"])),
+        (FailReason::NotFound, "no-such-program: not found".into())
+    );
+    assert_eq!(
+        fails(command(&["/etc/passwd"])),
+        (
+            FailReason::NotExecutable,
+            "/etc/passwd: not executable".into()
+        )
+    );
     assert_eq!(fails(command(&["/"])).0, FailReason::NotExecutable);
     assert_eq!(fails(command(&[""])).0, FailReason::NotFound);
-    let exec = Exec { cwd: b"/no/such".to_vec(), ..command(&["true"]) };
-    assert_eq!(fails(exec), (FailReason::Other, "/no/such: no such directory".into()));
-    let exec = Exec { user: b"nobody-at-all".to_vec(), ..command(&["true"]) };
-    assert_eq!(fails(exec), (FailReason::Other, "there is no user 'nobody-at-all'".into()));
+    let exec = Exec {
+        cwd: b"/no/such".to_vec(),
+        ..command(&["true"])
+    };
+    assert_eq!(
+        fails(exec),
+        (FailReason::Other, "/no/such: no such directory".into())
+    );
+    let exec = Exec {
+        user: b"nobody-at-all".to_vec(),
+        ..command(&["true"])
+    };
+    assert_eq!(
+        fails(exec),
+        (FailReason::Other, "there is no user 'nobody-at-all'".into())
+    );
 }
 
 #[test]
@@ -112,7 +146,10 @@ fn a_slow_reader_holds_the_program_up_and_loses_nothing() {
             Output::Stdout(data) => stdout += data.len(),
             Output::Stderr(data) => stderr += data.len(),
             Output::Exited(status) => {
-                assert_eq!((stdout, stderr, status), (3_000_000, 4, ExitStatus::Code(0)));
+                assert_eq!(
+                    (stdout, stderr, status),
+                    (3_000_000, 4, ExitStatus::Code(0))
+                );
                 break;
             }
         }
@@ -131,10 +168,18 @@ fn input_nobody_reads_is_no_obstacle() {
 
 #[test]
 fn signals_arrive() {
-    let mut process = start(shell("trap 'echo caught; exit 3' TERM; echo ready; while :; do sleep 0.01; done"));
-    assert_eq!(process.next_output().unwrap(), Output::Stdout(b"ready\n".to_vec()));
+    let mut process = start(shell(
+        "trap 'echo caught; exit 3' TERM; echo ready; while :; do sleep 0.01; done",
+    ));
+    assert_eq!(
+        process.next_output().unwrap(),
+        Output::Stdout(b"ready\n".to_vec())
+    );
     process.input().signal(15).unwrap();
-    assert_eq!(finish(process), ("caught\n".into(), String::new(), ExitStatus::Code(3)));
+    assert_eq!(
+        finish(process),
+        ("caught\n".into(), String::new(), ExitStatus::Code(3))
+    );
     let process = start(command(&["sleep", "100"]));
     process.input().signal(2).unwrap();
     assert_eq!(finish(process).2, ExitStatus::Signal(2));
@@ -149,27 +194,54 @@ fn a_child_that_keeps_the_streams_does_not_hold_up_the_end() {
 
 #[test]
 fn a_terminal() {
-    let tty = |script: &str| Exec { tty: true, rows: 33, cols: 99, ..shell(script) };
+    let tty = |script: &str| Exec {
+        tty: true,
+        rows: 33,
+        cols: 99,
+        ..shell(script)
+    };
     let (out, err, status) = run(tty("tty >/dev/null && echo yes >&2; stty size; cat"));
-    assert_eq!((out.as_str(), err.as_str(), status), ("yes\r\n33 99\r\n", "", ExitStatus::Code(0)));
+    assert_eq!(
+        (out.as_str(), err.as_str(), status),
+        ("yes\r\n33 99\r\n", "", ExitStatus::Code(0))
+    );
 
-    let mut process = start(tty("trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.01; done"));
-    assert_eq!(process.next_output().unwrap(), Output::Stdout(b"ready\r\n".to_vec()));
+    let mut process = start(tty(
+        "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.01; done",
+    ));
+    assert_eq!(
+        process.next_output().unwrap(),
+        Output::Stdout(b"ready\r\n".to_vec())
+    );
     process.input().resize(10, 20).unwrap();
     assert_eq!(finish(process).0, "10 20\r\n");
 }
 
 #[test]
 fn a_terminals_interrupt_key_and_end_of_input() {
-    let tty = |script: &str| Exec { tty: true, ..shell(script) };
-    let mut process = start(tty("stty -echo; trap 'echo interrupted; exit 9' INT; echo ready; while :; do sleep 0.01; done"));
-    assert_eq!(process.next_output().unwrap(), Output::Stdout(b"ready\r\n".to_vec()));
+    let tty = |script: &str| Exec {
+        tty: true,
+        ..shell(script)
+    };
+    let mut process = start(tty(
+        "stty -echo; trap 'echo interrupted; exit 9' INT; echo ready; while :; do sleep 0.01; done",
+    ));
+    assert_eq!(
+        process.next_output().unwrap(),
+        Output::Stdout(b"ready\r\n".to_vec())
+    );
     process.input().write(b"\x03").unwrap();
     let (out, _, status) = finish(process);
-    assert_eq!((out.as_str(), status), ("interrupted\r\n", ExitStatus::Code(9)));
+    assert_eq!(
+        (out.as_str(), status),
+        ("interrupted\r\n", ExitStatus::Code(9))
+    );
 
     let mut process = start(tty("stty -echo; echo ready; wc -c"));
-    assert_eq!(process.next_output().unwrap(), Output::Stdout(b"ready\r\n".to_vec()));
+    assert_eq!(
+        process.next_output().unwrap(),
+        Output::Stdout(b"ready\r\n".to_vec())
+    );
     process.input().write(b"half a line").unwrap();
     process.input().end().unwrap();
     assert_eq!(finish(process).0.trim(), "11");
@@ -179,7 +251,9 @@ fn a_terminals_interrupt_key_and_end_of_input() {
 fn a_program_dies_with_its_host() {
     let (client, served) = connect();
     let mut process = client.exec(shell("echo $$; exec sleep 100")).unwrap();
-    let Output::Stdout(pid) = process.next_output().unwrap() else { panic!("no output") };
+    let Output::Stdout(pid) = process.next_output().unwrap() else {
+        panic!("no output")
+    };
     let pid: i32 = String::from_utf8(pid).unwrap().trim().parse().unwrap();
     // Both descriptors of our end have to go for the agent to see it.
     drop(process);

@@ -13,7 +13,9 @@ impl Progress for Lines {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
     let name = arguments.next().ok_or("usage: build NAME [CACHE]")?;
-    let root = arguments.next().map_or_else(Store::default_root, |root| Ok(root.into()))?;
+    let root = arguments
+        .next()
+        .map_or_else(Store::default_root, |root| Ok(root.into()))?;
     let image = Store::open(root)?.build(&name, &Lines)?;
     println!("{}\n{}", image.kernel.display(), image.initrd.display());
     Ok(())

@@ -35,12 +35,19 @@ pub struct Package {
 impl Apt {
     /// Makes the root at `root` ready for a Debian release. Nothing is fetched yet.
     pub fn prepare(root: &Path, release: &str) -> Result<Apt, ImageError> {
-        let sources: String = sources::derive(release, &host_sources()).iter().map(|source| format!("{source}\n")).collect();
+        let sources: String = sources::derive(release, &host_sources())
+            .iter()
+            .map(|source| format!("{source}\n"))
+            .collect();
         Apt::with_sources(root, &sources)
     }
 
     fn with_sources(root: &Path, sources: &str) -> Result<Apt, ImageError> {
-        for (program, package) in [("apt-get", "apt"), ("apt-cache", "apt"), ("dpkg-deb", "dpkg")] {
+        for (program, package) in [
+            ("apt-get", "apt"),
+            ("apt-cache", "apt"),
+            ("dpkg-deb", "dpkg"),
+        ] {
             if !in_path(program) {
                 return Err(ImageError::MissingProgram { program, package });
             }
@@ -52,8 +59,14 @@ impl Apt {
             let path = root.join(directory);
             fs::create_dir_all(&path).map_err(ImageError::io(&path))?;
         }
-        let apt = Apt { root: root.to_owned() };
-        if fs::read_to_string(root.join("sources.list")).ok().as_deref() != Some(sources) {
+        let apt = Apt {
+            root: root.to_owned(),
+        };
+        if fs::read_to_string(root.join("sources.list"))
+            .ok()
+            .as_deref()
+            != Some(sources)
+        {
             apt.write("sources.list", sources)?;
             let _ = fs::remove_file(root.join(STAMP));
         }
@@ -69,7 +82,12 @@ impl Apt {
 
     /// Fetches `packages`, each a package's name; of `kernel`, a package that only depends on the kernel itself, the
     /// one it depends on. The kernel comes first in the answer.
-    pub fn fetch(&self, kernel: &str, packages: &[&str], progress: &dyn Progress) -> Result<Vec<Package>, ImageError> {
+    pub fn fetch(
+        &self,
+        kernel: &str,
+        packages: &[&str],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Package>, ImageError> {
         if self.lists_are_fresh() {
             let fetched = self.download(kernel, packages, progress);
             if fetched.is_ok() {
@@ -80,14 +98,20 @@ impl Apt {
         match self.update(progress) {
             Ok(()) => self.download(kernel, packages, progress),
             // Without a network, what was fetched before will do if it is all there.
-            Err(error @ ImageError::Network { .. }) => self.download(kernel, packages, progress).map_err(|_| error),
+            Err(error @ ImageError::Network { .. }) => {
+                self.download(kernel, packages, progress).map_err(|_| error)
+            }
             Err(error) => Err(error),
         }
     }
 
     fn lists_are_fresh(&self) -> bool {
         let fetched = fs::metadata(self.root.join(STAMP)).and_then(|stamp| stamp.modified());
-        fetched.is_ok_and(|time| SystemTime::now().duration_since(time).is_ok_and(|age| age < LISTS_AGE_MAX))
+        fetched.is_ok_and(|time| {
+            SystemTime::now()
+                .duration_since(time)
+                .is_ok_and(|age| age < LISTS_AGE_MAX)
+        })
     }
 
     fn update(&self, progress: &dyn Progress) -> Result<(), ImageError> {
@@ -96,13 +120,25 @@ impl Apt {
         self.write(STAMP, "")
     }
 
-    fn download(&self, kernel: &str, packages: &[&str], progress: &dyn Progress) -> Result<Vec<Package>, ImageError> {
+    fn download(
+        &self,
+        kernel: &str,
+        packages: &[&str],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Package>, ImageError> {
         progress.phase(Phase::Download);
-        let record = self.run("apt-cache", &["show", "--no-all-versions", kernel], progress)?;
+        let record = self.run(
+            "apt-cache",
+            &["show", "--no-all-versions", kernel],
+            progress,
+        )?;
         let (name, version) = kernel_dependency(&record)
             .ok_or_else(|| ImageError::package(kernel, "it depends on no kernel package"))?;
         let exact = format!("{name}={version}");
-        let names: Vec<&str> = [exact.as_str()].into_iter().chain(packages.iter().copied()).collect();
+        let names: Vec<&str> = [exact.as_str()]
+            .into_iter()
+            .chain(packages.iter().copied())
+            .collect();
         let mut arguments = vec!["download"];
         arguments.extend(&names);
         self.run("apt-get", &arguments, progress)?;
@@ -114,38 +150,77 @@ impl Apt {
         let directory = self.root.join("packages");
         let mut found = Vec::new();
         let mut files: Vec<(SystemTime, PathBuf, String)> = Vec::new();
-        for entry in fs::read_dir(&directory).map_err(ImageError::io(&directory))?.flatten() {
-            let Some(id) = entry.file_name().to_str().and_then(|name| name.strip_suffix(".deb")).map(str::to_owned) else { continue };
-            let changed = entry.metadata().and_then(|data| data.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+        for entry in fs::read_dir(&directory)
+            .map_err(ImageError::io(&directory))?
+            .flatten()
+        {
+            let Some(id) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.strip_suffix(".deb"))
+                .map(str::to_owned)
+            else {
+                continue;
+            };
+            let changed = entry
+                .metadata()
+                .and_then(|data| data.modified())
+                .unwrap_or(SystemTime::UNIX_EPOCH);
             files.push((changed, entry.path(), id));
         }
         files.sort();
         for name in [kernel].iter().chain(packages) {
             let own = |id: &str| id.split('_').next() == Some(*name);
-            let (_, path, id) = files.iter().rfind(|(_, _, id)| own(id)).ok_or_else(|| ImageError::package(name, "apt did not fetch it"))?;
-            found.push(Package { path: path.clone(), id: id.replace("%3a", ":") });
+            let (_, path, id) = files
+                .iter()
+                .rfind(|(_, _, id)| own(id))
+                .ok_or_else(|| ImageError::package(name, "apt did not fetch it"))?;
+            found.push(Package {
+                path: path.clone(),
+                id: id.replace("%3a", ":"),
+            });
         }
-        for (_, path, _) in files.iter().filter(|(_, path, _)| found.iter().all(|package| package.path != *path)) {
+        for (_, path, _) in files
+            .iter()
+            .filter(|(_, path, _)| found.iter().all(|package| package.path != *path))
+        {
             let _ = fs::remove_file(path);
         }
         Ok(found)
     }
 
     /// Runs an apt program with this root's configuration and returns what it printed.
-    fn run(&self, program: &'static str, arguments: &[&str], progress: &dyn Progress) -> Result<String, ImageError> {
+    fn run(
+        &self,
+        program: &'static str,
+        arguments: &[&str],
+        progress: &dyn Progress,
+    ) -> Result<String, ImageError> {
         let errors_path = self.root.join("errors");
         let errors = File::create(&errors_path).map_err(ImageError::io(&errors_path))?;
         let mut command = Command::new(program);
-        command.arg("-c").arg(self.root.join("apt.conf")).args(arguments);
+        command
+            .arg("-c")
+            .arg(self.root.join("apt.conf"))
+            .args(arguments);
         command.current_dir(self.root.join("packages"));
-        command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C.UTF-8").env_remove("APT_CONFIG");
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
+        command
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .env("LC_ALL", "C.UTF-8")
+            .env_remove("APT_CONFIG");
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(errors);
         let mut child = command.spawn().map_err(ImageError::io(program))?;
         let mut output = String::new();
         if let Some(stdout) = child.stdout.take() {
             let mut lines = BufReader::new(stdout);
             let mut line = Vec::new();
-            while lines.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
+            while lines
+                .read_until(b'\n', &mut line)
+                .is_ok_and(|length| length > 0)
+            {
                 let text = String::from_utf8_lossy(&line);
                 match download_percent(&text) {
                     Some(percent) => progress.advance(percent, 100),
@@ -155,20 +230,32 @@ impl Apt {
             }
         }
         let status = child.wait().map_err(ImageError::io(program))?;
-        if status.success() { Ok(output) } else { Err(classify(program, &errors_path)) }
+        if status.success() {
+            Ok(output)
+        } else {
+            Err(classify(program, &errors_path))
+        }
     }
 }
 
 /// `dlstatus:1:23.4567:Retrieving file 1 of 2`: apt's machine-readable progress.
 fn download_percent(line: &str) -> Option<u64> {
     let percent = line.strip_prefix("dlstatus:")?.split(':').nth(1)?;
-    percent.parse::<f64>().ok().map(|percent| percent.clamp(0.0, 100.0) as u64)
+    percent
+        .parse::<f64>()
+        .ok()
+        .map(|percent| percent.clamp(0.0, 100.0) as u64)
 }
 
 /// Name and version of the kernel package in the dependencies of `apt-cache show`'s first record.
 fn kernel_dependency(record: &str) -> Option<(String, String)> {
-    let depends = record.lines().find_map(|line| line.strip_prefix("Depends:"))?;
-    let dependency = depends.split([',', '|']).map(str::trim).find(|name| name.starts_with("linux-image-"))?;
+    let depends = record
+        .lines()
+        .find_map(|line| line.strip_prefix("Depends:"))?;
+    let dependency = depends
+        .split([',', '|'])
+        .map(str::trim)
+        .find(|name| name.starts_with("linux-image-"))?;
     let (name, version) = dependency.split_once(" (= ")?;
     Some((name.to_owned(), version.strip_suffix(')')?.to_owned()))
 }
@@ -178,26 +265,66 @@ fn classify(program: &'static str, errors: &Path) -> ImageError {
     let mut text = String::new();
     // An unreadable file leaves the text empty, which is answered below.
     let _ = File::open(errors).and_then(|file| file.take(64 << 10).read_to_string(&mut text));
-    let lines: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("E: ").or(line.strip_prefix("W: "))).collect();
-    let has = |needles: &[&str]| lines.iter().find(|line| needles.iter().any(|needle| line.contains(needle)));
-    let untrusted = ["GPG error", "not signed", "NO_PUBKEY", "Hash Sum mismatch", "EXPKEYSIG", "BADSIG", "couldn't be verified", "unexpected size"];
-    let network = ["Could not resolve", "Temporary failure", "Could not connect", "Unable to connect", "Failed to fetch", "Connection", "Cannot initiate", "Unable to fetch", "timed out"];
+    let lines: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("E: ").or(line.strip_prefix("W: ")))
+        .collect();
+    let has = |needles: &[&str]| {
+        lines
+            .iter()
+            .find(|line| needles.iter().any(|needle| line.contains(needle)))
+    };
+    let untrusted = [
+        "GPG error",
+        "not signed",
+        "NO_PUBKEY",
+        "Hash Sum mismatch",
+        "EXPKEYSIG",
+        "BADSIG",
+        "couldn't be verified",
+        "unexpected size",
+    ];
+    let network = [
+        "Could not resolve",
+        "Temporary failure",
+        "Could not connect",
+        "Unable to connect",
+        "Failed to fetch",
+        "Connection",
+        "Cannot initiate",
+        "Unable to fetch",
+        "timed out",
+    ];
     if let Some(detail) = has(&untrusted) {
-        return ImageError::Untrusted { detail: (*detail).to_owned() };
+        return ImageError::Untrusted {
+            detail: (*detail).to_owned(),
+        };
     }
     if let Some(detail) = has(&network) {
-        return ImageError::Network { detail: (*detail).to_owned() };
+        return ImageError::Network {
+            detail: (*detail).to_owned(),
+        };
     }
-    let detail = lines.first().copied().unwrap_or("it gave no reason").to_owned();
+    let detail = lines
+        .first()
+        .copied()
+        .unwrap_or("it gave no reason")
+        .to_owned();
     ImageError::Tool { program, detail }
 }
 
 /// The root's apt configuration. It is read after the host's, whose hooks would touch the host.
 fn configuration(root: &Path) -> Result<String, ImageError> {
-    let root = root.to_str().filter(|root| !root.contains(['"', '\n', '\\'])).ok_or_else(|| ImageError::Io {
-        path: root.to_owned(),
-        source: std::io::Error::new(std::io::ErrorKind::InvalidInput, "apt cannot use a directory of this name"),
-    })?;
+    let root = root
+        .to_str()
+        .filter(|root| !root.contains(['"', '\n', '\\']))
+        .ok_or_else(|| ImageError::Io {
+            path: root.to_owned(),
+            source: std::io::Error::new(
+                std::io::ErrorKind::InvalidInput,
+                "apt cannot use a directory of this name",
+            ),
+        })?;
     Ok(format!(
         r##"// Written by Strata.
 Dir::State "{root}/state";
@@ -239,10 +366,20 @@ quiet "2";
 /// The texts of the host's sources files.
 fn host_sources() -> Vec<String> {
     let mut paths = vec![PathBuf::from("/etc/apt/sources.list")];
-    let parts = fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten().flatten().map(|entry| entry.path());
-    paths.extend(parts.filter(|path| path.extension().is_some_and(|kind| kind == "list" || kind == "sources")));
+    let parts = fs::read_dir("/etc/apt/sources.list.d")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path());
+    paths.extend(parts.filter(|path| {
+        path.extension()
+            .is_some_and(|kind| kind == "list" || kind == "sources")
+    }));
     paths.sort();
-    paths.iter().filter_map(|path| fs::read_to_string(path).ok()).collect()
+    paths
+        .iter()
+        .filter_map(|path| fs::read_to_string(path).ok())
+        .collect()
 }
 
 fn in_path(program: &str) -> bool {
@@ -257,14 +394,20 @@ mod tests {
     #[test]
     fn kernel_of_the_metapackage() {
         let record = "Package: linux-image-cloud-amd64\nVersion: 6.1.192-2\nDepends: x, linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2)\nSize: 1\n";
-        let expected = ("linux-image-6.1.0-56-cloud-amd64".to_owned(), "6.1.192-2".to_owned());
+        let expected = (
+            "linux-image-6.1.0-56-cloud-amd64".to_owned(),
+            "6.1.192-2".to_owned(),
+        );
         assert_eq!(kernel_dependency(record), Some(expected));
         assert_eq!(kernel_dependency("Depends: libc6\n"), None);
     }
 
     #[test]
     fn apt_progress() {
-        assert_eq!(download_percent("dlstatus:1:41.9:Retrieving file 1 of 2\n"), Some(41));
+        assert_eq!(
+            download_percent("dlstatus:1:41.9:Retrieving file 1 of 2\n"),
+            Some(41)
+        );
         assert_eq!(download_percent("Get:1 http://deb.debian.org"), None);
     }
 
@@ -273,7 +416,11 @@ mod tests {
         let release = "Origin: Debian\nSuite: bookworm\nCodename: bookworm\nSHA256:\n";
         fs::write(directory.join("Packages"), "").unwrap();
         fs::write(directory.join("Release"), release).unwrap();
-        format!("deb [signed-by={}] file:{} ./\n", sources::KEYRING, directory.display())
+        format!(
+            "deb [signed-by={}] file:{} ./\n",
+            sources::KEYRING,
+            directory.display()
+        )
     }
 
     #[test]
@@ -281,7 +428,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let sources = repository(directory.path());
         let apt = Apt::with_sources(&directory.path().join("root"), &sources).unwrap();
-        let error = apt.fetch("linux-image-cloud-amd64", &[], &crate::progress::Quiet).unwrap_err();
+        let error = apt
+            .fetch("linux-image-cloud-amd64", &[], &crate::progress::Quiet)
+            .unwrap_err();
         assert!(matches!(error, ImageError::Untrusted { .. }), "{error:?}");
     }
 
@@ -292,16 +441,23 @@ mod tests {
         let signed = "-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA512\n\nOrigin: Debian\n-----BEGIN PGP SIGNATURE-----\n\nAAAA\n=AAAA\n-----END PGP SIGNATURE-----\n";
         fs::write(directory.path().join("InRelease"), signed).unwrap();
         let apt = Apt::with_sources(&directory.path().join("root"), &sources).unwrap();
-        let error = apt.fetch("linux-image-cloud-amd64", &[], &crate::progress::Quiet).unwrap_err();
+        let error = apt
+            .fetch("linux-image-cloud-amd64", &[], &crate::progress::Quiet)
+            .unwrap_err();
         assert!(matches!(error, ImageError::Untrusted { .. }), "{error:?}");
     }
 
     #[test]
     fn a_mirror_out_of_reach_is_said_to_be() {
         let directory = tempfile::tempdir().unwrap();
-        let sources = format!("deb [signed-by={}] http://127.0.0.1:9/debian bookworm main\n", sources::KEYRING);
+        let sources = format!(
+            "deb [signed-by={}] http://127.0.0.1:9/debian bookworm main\n",
+            sources::KEYRING
+        );
         let apt = Apt::with_sources(directory.path(), &sources).unwrap();
-        let error = apt.fetch("linux-image-cloud-amd64", &[], &crate::progress::Quiet).unwrap_err();
+        let error = apt
+            .fetch("linux-image-cloud-amd64", &[], &crate::progress::Quiet)
+            .unwrap_err();
         assert!(matches!(error, ImageError::Network { .. }), "{error:?}");
     }
 
@@ -313,10 +469,24 @@ mod tests {
             fs::write(&path, text).unwrap();
             classify("apt-get", &path)
         };
-        assert!(matches!(check("E: Failed to fetch http://x  Could not resolve 'x'\n"), ImageError::Network { .. }));
-        assert!(matches!(check("W: GPG error: http://x InRelease: NO_PUBKEY 1\nE: The repository is not signed.\n"), ImageError::Untrusted { .. }));
-        assert!(matches!(check("E: Failed to fetch http://x  Hash Sum mismatch\n"), ImageError::Untrusted { .. }));
-        assert!(matches!(check("E: Unable to locate package y\n"), ImageError::Tool { .. }));
+        assert!(matches!(
+            check("E: Failed to fetch http://x  Could not resolve 'x'\n"),
+            ImageError::Network { .. }
+        ));
+        assert!(matches!(
+            check(
+                "W: GPG error: http://x InRelease: NO_PUBKEY 1\nE: The repository is not signed.\n"
+            ),
+            ImageError::Untrusted { .. }
+        ));
+        assert!(matches!(
+            check("E: Failed to fetch http://x  Hash Sum mismatch\n"),
+            ImageError::Untrusted { .. }
+        ));
+        assert!(matches!(
+            check("E: Unable to locate package y\n"),
+            ImageError::Tool { .. }
+        ));
         assert!(matches!(check(""), ImageError::Tool { .. }));
     }
 }

@@ -29,12 +29,23 @@ impl Archive {
 
     /// Adds a regular file.
     pub fn file(&mut self, path: &str, mode: u32, data: impl Into<Vec<u8>>) {
-        self.insert(path, Entry::File { mode, data: data.into() });
+        self.insert(
+            path,
+            Entry::File {
+                mode,
+                data: data.into(),
+            },
+        );
     }
 
     /// Adds a symbolic link.
     pub fn symlink(&mut self, path: &str, target: &str) {
-        self.insert(path, Entry::Symlink { target: target.to_owned() });
+        self.insert(
+            path,
+            Entry::Symlink {
+                target: target.to_owned(),
+            },
+        );
     }
 
     /// Adds a character device.
@@ -49,7 +60,9 @@ impl Archive {
 
     fn insert(&mut self, path: &str, entry: Entry) {
         for (at, _) in path.match_indices('/') {
-            self.entries.entry(path[..at].to_owned()).or_insert(Entry::Directory { mode: 0o755 });
+            self.entries
+                .entry(path[..at].to_owned())
+                .or_insert(Entry::Directory { mode: 0o755 });
         }
         self.entries.insert(path.to_owned(), entry);
     }
@@ -60,9 +73,15 @@ impl Archive {
         for (number, (path, entry)) in self.entries.iter().enumerate() {
             let inode = u32::try_from(number + 1).map_err(io::Error::other)?;
             match entry {
-                Entry::Directory { mode } => out.entry(inode, path, 0o040000 | mode, 2, (0, 0), &[])?,
-                Entry::File { mode, data } => out.entry(inode, path, 0o100000 | mode, 1, (0, 0), data)?,
-                Entry::Symlink { target } => out.entry(inode, path, 0o120777, 1, (0, 0), target.as_bytes())?,
+                Entry::Directory { mode } => {
+                    out.entry(inode, path, 0o040000 | mode, 2, (0, 0), &[])?
+                }
+                Entry::File { mode, data } => {
+                    out.entry(inode, path, 0o100000 | mode, 1, (0, 0), data)?
+                }
+                Entry::Symlink { target } => {
+                    out.entry(inode, path, 0o120777, 1, (0, 0), target.as_bytes())?
+                }
                 Entry::CharacterDevice { mode, major, minor } => {
                     out.entry(inode, path, 0o020000 | mode, 1, (*major, *minor), &[])?;
                 }
@@ -80,12 +99,22 @@ struct Padded<W> {
 }
 
 impl<W: Write> Padded<W> {
-    fn entry(&mut self, inode: u32, path: &str, mode: u32, links: u32, device: (u32, u32), data: &[u8]) -> io::Result<()> {
+    fn entry(
+        &mut self,
+        inode: u32,
+        path: &str,
+        mode: u32,
+        links: u32,
+        device: (u32, u32),
+        data: &[u8],
+    ) -> io::Result<()> {
         let size = u32::try_from(data.len()).map_err(io::Error::other)?;
         let name_size = u32::try_from(path.len() + 1).map_err(io::Error::other)?;
         let (uid, gid, time, on_major, on_minor, checksum) = (0, 0, 0, 0, 0, 0);
-        let fields =
-            [inode, mode, uid, gid, links, time, size, on_major, on_minor, device.0, device.1, name_size, checksum];
+        let fields = [
+            inode, mode, uid, gid, links, time, size, on_major, on_minor, device.0, device.1,
+            name_size, checksum,
+        ];
         let mut header = String::from("070701");
         for field in fields {
             header.push_str(&format!("{field:08X}"));
@@ -138,7 +167,15 @@ mod tests {
     #[test]
     fn layout() {
         let bytes = sample(false);
-        let names = ["bin", "bin/sh", "bin/tool", "dev", "dev/console", "tmp", "TRAILER!!!"];
+        let names = [
+            "bin",
+            "bin/sh",
+            "bin/tool",
+            "dev",
+            "dev/console",
+            "tmp",
+            "TRAILER!!!",
+        ];
         let mut at = 0;
         for name in names {
             let field = |n: usize| {

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// A name that cannot be an image's.
-    #[error("'{0}' is not an image name: use lower-case letters, digits, '.', '_' and '-', starting with a letter or digit")]
+    #[error(
+        "'{0}' is not an image name: use lower-case letters, digits, '.', '_' and '-', starting with a letter or digit"
+    )]
     BadName(String),
     /// No image of this name in the cache.
     #[error("there is no image '{0}' here")]
@@ -32,7 +34,9 @@ pub enum ImageError {
         source: io::Error,
     },
     /// A manifest that this version cannot read.
-    #[error("the image '{name}' cannot be read; remove it with 'strata image rm {name}' and build it again")]
+    #[error(
+        "the image '{name}' cannot be read; remove it with 'strata image rm {name}' and build it again"
+    )]
     BadManifest {
         /// The image.
         name: String,
@@ -41,7 +45,9 @@ pub enum ImageError {
         source: serde_json::Error,
     },
     /// A manifest of a later format.
-    #[error("the image '{name}' was written by a later version of Strata (manifest version {version})")]
+    #[error(
+        "the image '{name}' was written by a later version of Strata (manifest version {version})"
+    )]
     LaterManifest {
         /// The image.
         name: String,
@@ -49,7 +55,9 @@ pub enum ImageError {
         version: u32,
     },
     /// A blob that is not what it was when it was built.
-    #[error("the {part} of image '{name}' is damaged or missing; build it again with 'strata image build {name}'")]
+    #[error(
+        "the {part} of image '{name}' is damaged or missing; build it again with 'strata image build {name}'"
+    )]
     Damaged {
         /// The image.
         name: String,
@@ -57,7 +65,9 @@ pub enum ImageError {
         part: &'static str,
     },
     /// A program of the host is missing.
-    #[error("'{program}' is not installed, and images are made from Debian packages with it: run 'sudo apt-get install {package}', or build the image on a Debian or Ubuntu machine")]
+    #[error(
+        "'{program}' is not installed, and images are made from Debian packages with it: run 'sudo apt-get install {package}', or build the image on a Debian or Ubuntu machine"
+    )]
     MissingProgram {
         /// The program.
         program: &'static str,
@@ -65,10 +75,14 @@ pub enum ImageError {
         package: &'static str,
     },
     /// The keys that verify the archive are missing.
-    #[error("the keys of Debian's archive are not installed: run 'sudo apt-get install debian-archive-keyring'")]
+    #[error(
+        "the keys of Debian's archive are not installed: run 'sudo apt-get install debian-archive-keyring'"
+    )]
     MissingKeyring,
     /// The mirror cannot be reached.
-    #[error("cannot fetch Debian packages: {detail}; check the network, the proxy settings and /etc/apt/sources.list*")]
+    #[error(
+        "cannot fetch Debian packages: {detail}; check the network, the proxy settings and /etc/apt/sources.list*"
+    )]
     Network {
         /// apt's first error.
         detail: String,
@@ -108,11 +122,17 @@ pub enum ImageError {
 impl ImageError {
     /// For `map_err`: a failed operation on `path`.
     pub(crate) fn io(path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> ImageError {
-        move |source| ImageError::Io { path: path.as_ref().to_owned(), source }
+        move |source| ImageError::Io {
+            path: path.as_ref().to_owned(),
+            source,
+        }
     }
 
     /// A package that is not as expected.
     pub(crate) fn package(package: &str, detail: impl Into<String>) -> ImageError {
-        ImageError::Package { package: package.to_owned(), detail: detail.into() }
+        ImageError::Package {
+            package: package.to_owned(),
+            detail: detail.into(),
+        }
     }
 }

@@ -18,7 +18,10 @@ pub fn module_info(object: &[u8]) -> Option<ModuleInfo> {
     }
     let number = |at: usize, size: usize| -> Option<usize> {
         let bytes = object.get(at..at.checked_add(size)?)?;
-        let value = bytes.iter().rev().fold(0u64, |value, &byte| value << 8 | u64::from(byte));
+        let value = bytes
+            .iter()
+            .rev()
+            .fold(0u64, |value, &byte| value << 8 | u64::from(byte));
         usize::try_from(value).ok()
     };
     let (table, entry_size) = (number(0x28, 8)?, number(0x3a, 2)?);
@@ -26,19 +29,35 @@ pub fn module_info(object: &[u8]) -> Option<ModuleInfo> {
     let header = |index: usize| table.checked_add(index.checked_mul(entry_size)?);
     let contents = |index: usize| {
         let at = header(index)?;
-        let (offset, size) = (number(at.checked_add(0x18)?, 8)?, number(at.checked_add(0x20)?, 8)?);
+        let (offset, size) = (
+            number(at.checked_add(0x18)?, 8)?,
+            number(at.checked_add(0x20)?, 8)?,
+        );
         object.get(offset..offset.checked_add(size)?)
     };
     let names = contents(names_index)?;
     let section = (0..count).find(|&index| {
-        let name = header(index).and_then(|at| number(at, 4)).and_then(|at| names.get(at..));
+        let name = header(index)
+            .and_then(|at| number(at, 4))
+            .and_then(|at| names.get(at..));
         name.is_some_and(|name| name.starts_with(b".modinfo\0"))
     })?;
     let mut info = ModuleInfo::default();
     for entry in contents(section)?.split(|&byte| byte == 0) {
-        let Some((key, value)) = std::str::from_utf8(entry).ok().and_then(|entry| entry.split_once('=')) else { continue };
+        let Some((key, value)) = std::str::from_utf8(entry)
+            .ok()
+            .and_then(|entry| entry.split_once('='))
+        else {
+            continue;
+        };
         match key {
-            "depends" => info.depends = value.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect(),
+            "depends" => {
+                info.depends = value
+                    .split(',')
+                    .filter(|name| !name.is_empty())
+                    .map(str::to_owned)
+                    .collect()
+            }
             "alias" => info.aliases.push(value.to_owned()),
             _ => {}
         }
@@ -53,7 +72,10 @@ pub fn module_name(path: &str) -> Option<String> {
 }
 
 /// The modules to load for one driver, in order, itself last. Err is the name of a module that is missing.
-pub fn load_order(driver: &str, modules: &BTreeMap<String, ModuleInfo>) -> Result<Vec<String>, String> {
+pub fn load_order(
+    driver: &str,
+    modules: &BTreeMap<String, ModuleInfo>,
+) -> Result<Vec<String>, String> {
     fn visit(
         name: &str,
         modules: &BTreeMap<String, ModuleInfo>,
@@ -81,8 +103,13 @@ mod tests {
     use proptest::prelude::*;
 
     fn modules(list: &[(&str, &[&str])]) -> BTreeMap<String, ModuleInfo> {
-        let info = |depends: &[&str]| ModuleInfo { depends: depends.iter().map(|d| d.to_string()).collect(), aliases: vec![] };
-        list.iter().map(|(name, depends)| (name.to_string(), info(depends))).collect()
+        let info = |depends: &[&str]| ModuleInfo {
+            depends: depends.iter().map(|d| d.to_string()).collect(),
+            aliases: vec![],
+        };
+        list.iter()
+            .map(|(name, depends)| (name.to_string(), info(depends)))
+            .collect()
     }
 
     #[test]
@@ -91,9 +118,20 @@ mod tests {
             ("virtio", &[]),
             ("virtio_ring", &["virtio"]),
             ("virtio_pci_modern_dev", &[]),
-            ("virtio_pci", &["virtio_ring", "virtio-pci-modern-dev", "virtio"]),
+            (
+                "virtio_pci",
+                &["virtio_ring", "virtio-pci-modern-dev", "virtio"],
+            ),
         ]);
-        assert_eq!(load_order("virtio-pci", &modules).unwrap(), ["virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci"]);
+        assert_eq!(
+            load_order("virtio-pci", &modules).unwrap(),
+            [
+                "virtio",
+                "virtio_ring",
+                "virtio_pci_modern_dev",
+                "virtio_pci"
+            ]
+        );
         assert_eq!(load_order("absent", &modules).unwrap_err(), "absent");
     }
 
@@ -109,7 +147,9 @@ mod tests {
         let mut bytes = vec![0; 0x40 + 2 * 0x40];
         bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
         let names_at = bytes.len();
-        let mut put = |at: usize, value: usize| bytes[at..at + 8].copy_from_slice(&(value as u64).to_le_bytes());
+        let mut put = |at: usize, value: usize| {
+            bytes[at..at + 8].copy_from_slice(&(value as u64).to_le_bytes())
+        };
         put(0x28, 0x40);
         put(0x40 + 0x18, names_at);
         put(0x40 + 0x20, names.len());
@@ -125,7 +165,10 @@ mod tests {
 
     #[test]
     fn reads_modinfo() {
-        let info = module_info(&object(b"license=GPL\0alias=virtio:d00000002v*\0alias=x\0depends=virtio,virtio_ring\0")).unwrap();
+        let info = module_info(&object(
+            b"license=GPL\0alias=virtio:d00000002v*\0alias=x\0depends=virtio,virtio_ring\0",
+        ))
+        .unwrap();
         assert_eq!(info.aliases, ["virtio:d00000002v*", "x"]);
         assert_eq!(info.depends, ["virtio", "virtio_ring"]);
         assert_eq!(module_info(b"\x7fELF"), None);

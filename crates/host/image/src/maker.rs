@@ -35,7 +35,9 @@ pub struct Made {
 /// A number that changes when the image would: the recipe's version, mixed with the init's contents.
 pub fn version(recipe: &Recipe) -> u32 {
     // FNV-1a. Nobody gains from a collision.
-    let hash = INIT.iter().fold(0x811c_9dc5_u32, |hash, &byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    let hash = INIT.iter().fold(0x811c_9dc5_u32, |hash, &byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
     hash.wrapping_add(recipe.version)
 }
 
@@ -44,7 +46,9 @@ pub fn make(recipe: &Recipe, apt_root: &Path, progress: &dyn Progress) -> Result
     let apt = Apt::prepare(apt_root, &recipe.release)?;
     let names: Vec<&str> = recipe.copy.keys().map(String::as_str).collect();
     let packages = apt.fetch(&recipe.kernel, &names, progress)?;
-    let (kernel_package, others) = packages.split_first().ok_or_else(|| ImageError::package(&recipe.kernel, "missing"))?;
+    let (kernel_package, others) = packages
+        .split_first()
+        .ok_or_else(|| ImageError::package(&recipe.kernel, "missing"))?;
 
     progress.phase(Phase::Unpack);
     let kernel = Kernel::read(kernel_package)?;
@@ -56,9 +60,16 @@ pub fn make(recipe: &Recipe, apt_root: &Path, progress: &dyn Progress) -> Result
     archive.file("init", 0o755, INIT);
 
     let mut initrd = Vec::new();
-    archive.write(&mut initrd).map_err(ImageError::io("initrd"))?;
+    archive
+        .write(&mut initrd)
+        .map_err(ImageError::io("initrd"))?;
     let packages = packages.iter().map(|package| package.id.clone()).collect();
-    Ok(Made { kernel: kernel.image, initrd, kernel_release: kernel.release, packages })
+    Ok(Made {
+        kernel: kernel.image,
+        initrd,
+        kernel_release: kernel.release,
+        packages,
+    })
 }
 
 /// What comes from the recipe alone.
@@ -96,35 +107,56 @@ impl Kernel {
         let mut image = None;
         let mut modules = BTreeMap::new();
         let wanted = |path: &str| path.starts_with("boot/vmlinuz-") || path.ends_with(".ko");
-        files(package, wanted, |path, data| match path.strip_prefix("boot/vmlinuz-") {
-            Some(release) => image = Some((release.to_owned(), data)),
-            None => modules.extend(kmod::module_name(path).map(|name| (name, (path.to_owned(), data)))),
+        files(package, wanted, |path, data| {
+            match path.strip_prefix("boot/vmlinuz-") {
+                Some(release) => image = Some((release.to_owned(), data)),
+                None => modules
+                    .extend(kmod::module_name(path).map(|name| (name, (path.to_owned(), data)))),
+            }
         })?;
-        let (release, image) = image.ok_or_else(|| ImageError::package(&package.id, "it holds no kernel"))?;
-        let info = |(name, (_, data)): (&String, &(String, Vec<u8>))| Some((name.clone(), kmod::module_info(data)?));
+        let (release, image) =
+            image.ok_or_else(|| ImageError::package(&package.id, "it holds no kernel"))?;
+        let info = |(name, (_, data)): (&String, &(String, Vec<u8>))| {
+            Some((name.clone(), kmod::module_info(data)?))
+        };
         let infos = modules.iter().filter_map(info).collect();
-        Ok(Kernel { release, image, modules, infos })
+        Ok(Kernel {
+            release,
+            image,
+            modules,
+            infos,
+        })
     }
 
     /// Adds the drivers, what they depend on, and the list the init loads them by.
     fn add_drivers(&self, drivers: &[String], archive: &mut Archive) -> Result<(), ImageError> {
         let mut list = String::new();
         let mut added = BTreeSet::new();
-        let missing = |name: String| ImageError::package(&self.release, format!("the kernel has no module '{name}'"));
+        let missing = |name: String| {
+            ImageError::package(&self.release, format!("the kernel has no module '{name}'"))
+        };
         for driver in drivers {
             let order = kmod::load_order(driver, &self.infos).map_err(missing)?;
             let mut line = Vec::new();
             for name in &order {
-                let (path, data) = self.modules.get(name).ok_or_else(|| missing(name.clone()))?;
+                let (path, data) = self
+                    .modules
+                    .get(name)
+                    .ok_or_else(|| missing(name.clone()))?;
                 let path = path.strip_prefix("usr/").unwrap_or(path);
                 line.push(format!("/{path}"));
                 if added.insert(name.clone()) {
                     archive.file(path, 0o644, data.as_slice());
                 }
             }
-            let aliases = self.infos.get(order.last().unwrap_or(driver)).map_or(&[][..], |info| &info.aliases);
+            let aliases = self
+                .infos
+                .get(order.last().unwrap_or(driver))
+                .map_or(&[][..], |info| &info.aliases);
             // Aliases with a colon name devices; others name file systems, protocols and device trees' nodes.
-            let devices = aliases.iter().filter(|alias| alias.contains(':') && !alias.starts_with("of:"));
+            let devices = aliases
+                .iter()
+                .filter(|alias| alias.contains(':') && !alias.starts_with("of:"));
             let devices: Vec<&str> = devices.map(String::as_str).collect();
             list.push_str(&format!("{} : {}\n", line.join(" "), devices.join(" ")));
         }
@@ -134,26 +166,53 @@ impl Kernel {
 }
 
 /// Copies single files out of a package.
-fn copy(package: &Package, paths: &BTreeMap<String, String>, archive: &mut Archive) -> Result<(), ImageError> {
-    files(package, |path| paths.contains_key(path), |path, data| {
-        if let Some(to) = paths.get(path) {
-            archive.file(to, 0o755, data);
-        }
-    })?;
+fn copy(
+    package: &Package,
+    paths: &BTreeMap<String, String>,
+    archive: &mut Archive,
+) -> Result<(), ImageError> {
+    files(
+        package,
+        |path| paths.contains_key(path),
+        |path, data| {
+            if let Some(to) = paths.get(path) {
+                archive.file(to, 0o755, data);
+            }
+        },
+    )?;
     match paths.iter().find(|(_, to)| !archive.contains(to)) {
-        Some((from, _)) => Err(ImageError::package(&package.id, format!("it has no file '{from}'"))),
+        Some((from, _)) => Err(ImageError::package(
+            &package.id,
+            format!("it has no file '{from}'"),
+        )),
         None => Ok(()),
     }
 }
 
 /// Reads the files of a package that are `wanted`. `dpkg-deb` undoes the compression; nothing is unpacked to disk.
-fn files(package: &Package, wanted: impl FnMut(&str) -> bool, keep: impl FnMut(&str, Vec<u8>)) -> Result<(), ImageError> {
+fn files(
+    package: &Package,
+    wanted: impl FnMut(&str) -> bool,
+    keep: impl FnMut(&str, Vec<u8>),
+) -> Result<(), ImageError> {
     let file = File::open(&package.path).map_err(ImageError::io(&package.path))?;
     let mut command = Command::new("dpkg-deb");
-    command.args(["--fsys-tarfile", "/dev/stdin"]).stdin(file).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(["--fsys-tarfile", "/dev/stdin"])
+        .stdin(file)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn().map_err(ImageError::io("dpkg-deb"))?;
-    let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe).map_err(|kind| ImageError::io("dpkg-deb")(kind.into()))?;
-    let read = tar::for_each_file(io::BufReader::with_capacity(256 << 10, stdout), wanted, keep);
+    let stdout = child
+        .stdout
+        .take()
+        .ok_or(io::ErrorKind::BrokenPipe)
+        .map_err(|kind| ImageError::io("dpkg-deb")(kind.into()))?;
+    let read = tar::for_each_file(
+        io::BufReader::with_capacity(256 << 10, stdout),
+        wanted,
+        keep,
+    );
     let mut errors = String::new();
     if let Some(stderr) = child.stderr.take() {
         // Without its words there is still its status.
@@ -161,7 +220,10 @@ fn files(package: &Package, wanted: impl FnMut(&str) -> bool, keep: impl FnMut(&
     }
     let status = child.wait().map_err(ImageError::io("dpkg-deb"))?;
     if !status.success() {
-        return Err(ImageError::package(&package.id, errors.lines().next().unwrap_or("it cannot be read")));
+        return Err(ImageError::package(
+            &package.id,
+            errors.lines().next().unwrap_or("it cannot be read"),
+        ));
     }
     read.map_err(|error| ImageError::package(&package.id, error.to_string()))
 }

@@ -42,10 +42,19 @@ impl Recipe {
     pub fn get(name: &str) -> Result<Recipe, ImageError> {
         let unknown = || {
             let known: Vec<&str> = RECIPES.iter().map(|(name, _)| *name).collect();
-            ImageError::NoRecipe { name: name.to_owned(), known: known.join(", ") }
+            ImageError::NoRecipe {
+                name: name.to_owned(),
+                known: known.join(", "),
+            }
         };
-        let (_, text) = RECIPES.iter().find(|(known, _)| *known == name).ok_or_else(unknown)?;
-        serde_json::from_str(text).map_err(|source| ImageError::BadManifest { name: name.to_owned(), source })
+        let (_, text) = RECIPES
+            .iter()
+            .find(|(known, _)| *known == name)
+            .ok_or_else(unknown)?;
+        serde_json::from_str(text).map_err(|source| ImageError::BadManifest {
+            name: name.to_owned(),
+            source,
+        })
     }
 
     /// The names of all recipes.
@@ -67,6 +76,9 @@ mod tests {
                 u32::from_str_radix(mode, 8).unwrap();
             }
         }
-        assert!(matches!(Recipe::get("none"), Err(ImageError::NoRecipe { .. })));
+        assert!(matches!(
+            Recipe::get("none"),
+            Err(ImageError::NoRecipe { .. })
+        ));
     }
 }

@@ -82,7 +82,8 @@ impl Image {
 
     /// Whether this version of Strata would build the same: false after its recipe or init has changed.
     pub fn is_current(&self) -> bool {
-        Recipe::get(&self.manifest.name).is_ok_and(|recipe| maker::version(&recipe) == self.manifest.recipe_version)
+        Recipe::get(&self.manifest.name)
+            .is_ok_and(|recipe| maker::version(&recipe) == self.manifest.recipe_version)
     }
 }
 
@@ -95,9 +96,17 @@ pub struct Store {
 impl Store {
     /// Where images are kept: `$STRATA_CACHE`, or `strata` in `$XDG_CACHE_HOME` or `~/.cache`.
     pub fn default_root() -> Result<PathBuf, ImageError> {
-        let variable = |name: &str| std::env::var_os(name).filter(|value: &OsString| !value.is_empty()).map(PathBuf::from);
+        let variable = |name: &str| {
+            std::env::var_os(name)
+                .filter(|value: &OsString| !value.is_empty())
+                .map(PathBuf::from)
+        };
         variable("STRATA_CACHE")
-            .or_else(|| variable("XDG_CACHE_HOME").filter(|path| path.is_absolute()).map(|path| path.join("strata")))
+            .or_else(|| {
+                variable("XDG_CACHE_HOME")
+                    .filter(|path| path.is_absolute())
+                    .map(|path| path.join("strata"))
+            })
             .or_else(|| variable("HOME").map(|home| home.join(".cache/strata")))
             .ok_or(ImageError::NoCacheRoot)
     }
@@ -122,10 +131,21 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(ImageError::io(directory)(error)),
         };
-        let name = |entry: fs::DirEntry| Some(entry.file_name().to_str()?.strip_suffix(".json")?.to_owned());
+        let name = |entry: fs::DirEntry| {
+            Some(
+                entry
+                    .file_name()
+                    .to_str()?
+                    .strip_suffix(".json")?
+                    .to_owned(),
+            )
+        };
         let mut names: Vec<String> = entries.flatten().filter_map(name).collect();
         names.sort();
-        Ok(names.iter().filter_map(|name| self.manifest(name).ok()).collect())
+        Ok(names
+            .iter()
+            .filter_map(|name| self.manifest(name).ok())
+            .collect())
     }
 
     /// An image, with its blobs verified.
@@ -133,11 +153,21 @@ impl Store {
         let manifest = self.manifest(name)?;
         for (part, blob) in [("kernel", &manifest.kernel), ("initrd", &manifest.initrd)] {
             if !self.verify(blob) {
-                return Err(ImageError::Damaged { name: name.to_owned(), part });
+                return Err(ImageError::Damaged {
+                    name: name.to_owned(),
+                    part,
+                });
             }
         }
-        let (kernel, initrd) = (self.blob_path(&manifest.kernel.sha256), self.blob_path(&manifest.initrd.sha256));
-        Ok(Image { manifest, kernel, initrd })
+        let (kernel, initrd) = (
+            self.blob_path(&manifest.kernel.sha256),
+            self.blob_path(&manifest.initrd.sha256),
+        );
+        Ok(Image {
+            manifest,
+            kernel,
+            initrd,
+        })
     }
 
     /// Removes an image, and the blobs no other image has. Machines that run it keep what they have open.
@@ -165,7 +195,13 @@ impl Store {
     }
 
     /// Puts a finished image in the cache. Needs the lock.
-    fn install(&self, name: &str, path: &Path, recipe: &Recipe, made: Made) -> Result<Image, ImageError> {
+    fn install(
+        &self,
+        name: &str,
+        path: &Path,
+        recipe: &Recipe,
+        made: Made,
+    ) -> Result<Image, ImageError> {
         let temporary = self.directory("tmp")?;
         let work = tempfile::tempdir_in(&temporary).map_err(ImageError::io(&temporary))?;
         let manifest = Manifest {
@@ -173,15 +209,20 @@ impl Store {
             name: name.to_owned(),
             recipe_version: maker::version(recipe),
             about: recipe.about.clone(),
-            created_unix_s: std::time::UNIX_EPOCH.elapsed().map_or(0, |age| age.as_secs()),
+            created_unix_s: std::time::UNIX_EPOCH
+                .elapsed()
+                .map_or(0, |age| age.as_secs()),
             kernel_release: made.kernel_release,
             command_line: recipe.command_line.clone(),
             packages: made.packages,
             kernel: self.add_blob(work.path(), &made.kernel)?,
             initrd: self.add_blob(work.path(), &made.initrd)?,
         };
-        let mut text = serde_json::to_vec_pretty(&manifest)
-            .map_err(|source| ImageError::BadManifest { name: name.to_owned(), source })?;
+        let mut text =
+            serde_json::to_vec_pretty(&manifest).map_err(|source| ImageError::BadManifest {
+                name: name.to_owned(),
+                source,
+            })?;
         text.push(b'\n');
         self.directory("images")?;
         publish(work.path(), &text, path)?;
@@ -193,9 +234,12 @@ impl Store {
     pub fn get_or_build(&self, name: &str, progress: &dyn Progress) -> Result<Image, ImageError> {
         match self.get(name) {
             Ok(image) if image.is_current() => Ok(image),
-            Ok(_) | Err(ImageError::NotFound(_) | ImageError::Damaged { .. } | ImageError::BadManifest { .. }) => {
-                self.build(name, progress)
-            }
+            Ok(_)
+            | Err(
+                ImageError::NotFound(_)
+                | ImageError::Damaged { .. }
+                | ImageError::BadManifest { .. },
+            ) => self.build(name, progress),
             Err(error) => Err(error),
         }
     }
@@ -204,10 +248,15 @@ impl Store {
         let path = self.manifest_path(name)?;
         let text = match fs::read(&path) {
             Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(ImageError::NotFound(name.to_owned())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(ImageError::NotFound(name.to_owned()));
+            }
             Err(error) => return Err(ImageError::io(path)(error)),
         };
-        let bad = |source| ImageError::BadManifest { name: name.to_owned(), source };
+        let bad = |source| ImageError::BadManifest {
+            name: name.to_owned(),
+            source,
+        };
         // The version alone first: a later form may not parse as ours.
         #[derive(Deserialize)]
         struct Version {
@@ -215,10 +264,15 @@ impl Store {
         }
         let Version { version } = serde_json::from_slice(&text).map_err(bad)?;
         if version > MANIFEST_VERSION {
-            return Err(ImageError::LaterManifest { name: name.to_owned(), version });
+            return Err(ImageError::LaterManifest {
+                name: name.to_owned(),
+                version,
+            });
         }
         let manifest: Manifest = serde_json::from_slice(&text).map_err(bad)?;
-        let digest = |blob: &Blob| blob.sha256.len() == 64 && blob.sha256.bytes().all(|b| b.is_ascii_hexdigit());
+        let digest = |blob: &Blob| {
+            blob.sha256.len() == 64 && blob.sha256.bytes().all(|b| b.is_ascii_hexdigit())
+        };
         if !digest(&manifest.kernel) || !digest(&manifest.initrd) {
             return Err(bad(serde::de::Error::custom("a digest is not one")));
         }
@@ -229,11 +283,21 @@ impl Store {
     /// and inode is taken to be the same (the change time cannot be set by ordinary means).
     fn verify(&self, blob: &Blob) -> bool {
         let path = self.blob_path(&blob.sha256);
-        let Ok(data) = fs::metadata(&path) else { return false };
+        let Ok(data) = fs::metadata(&path) else {
+            return false;
+        };
         if data.len() != blob.size {
             return false;
         }
-        let state = format!("{} {}.{:09} {}.{:09} {}\n", data.len(), data.mtime(), data.mtime_nsec(), data.ctime(), data.ctime_nsec(), data.ino());
+        let state = format!(
+            "{} {}.{:09} {}.{:09} {}\n",
+            data.len(),
+            data.mtime(),
+            data.mtime_nsec(),
+            data.ctime(),
+            data.ctime_nsec(),
+            data.ino()
+        );
         let stamp = self.root.join("verified").join(&blob.sha256);
         if fs::read_to_string(&stamp).is_ok_and(|stamp| stamp == state) {
             return true;
@@ -242,23 +306,36 @@ impl Store {
             return false;
         }
         // A cache that may only be read costs the time to verify again.
-        let _ = self.directory("verified").and_then(|directory| publish(&directory, state.as_bytes(), &stamp));
+        let _ = self
+            .directory("verified")
+            .and_then(|directory| publish(&directory, state.as_bytes(), &stamp));
         true
     }
 
     fn add_blob(&self, work: &Path, data: &[u8]) -> Result<Blob, ImageError> {
-        let blob = Blob { sha256: hex(&Sha256::digest(data)), size: data.len() as u64 };
+        let blob = Blob {
+            sha256: hex(&Sha256::digest(data)),
+            size: data.len() as u64,
+        };
         self.directory("blobs/sha256")?;
         let path = self.blob_path(&blob.sha256);
         publish(work, data, &path)?;
         // What was written is read back once, so that the first start finds it verified.
-        if self.verify(&blob) { Ok(blob) } else { Err(ImageError::io(path)(io::ErrorKind::InvalidData.into())) }
+        if self.verify(&blob) {
+            Ok(blob)
+        } else {
+            Err(ImageError::io(path)(io::ErrorKind::InvalidData.into()))
+        }
     }
 
     /// Needs the lock.
     fn remove_unused_blobs(&self) -> Result<(), ImageError> {
         let images = self.list()?;
-        let used = |name: &str| images.iter().any(|image| image.kernel.sha256 == name || image.initrd.sha256 == name);
+        let used = |name: &str| {
+            images
+                .iter()
+                .any(|image| image.kernel.sha256 == name || image.initrd.sha256 == name)
+        };
         for directory in [self.root.join("blobs/sha256"), self.root.join("verified")] {
             for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
                 if !entry.file_name().to_str().is_some_and(used) {
@@ -277,7 +354,10 @@ impl Store {
             fs::create_dir_all(&self.root)?;
             File::options().create(true).append(true).open(&path)
         };
-        let lock = open().map_err(|source| ImageError::CacheRoot { path: self.root.clone(), source })?;
+        let lock = open().map_err(|source| ImageError::CacheRoot {
+            path: self.root.clone(),
+            source,
+        })?;
         if lock.try_lock().is_err() {
             progress.phase(Phase::Waiting);
             lock.lock().map_err(ImageError::io(&path))?;
@@ -285,7 +365,11 @@ impl Store {
         let temporary = self.root.join("tmp");
         for entry in fs::read_dir(&temporary).into_iter().flatten().flatten() {
             let path = entry.path();
-            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            let removed = if path.is_dir() {
+                fs::remove_dir_all(&path)
+            } else {
+                fs::remove_file(&path)
+            };
             removed.map_err(ImageError::io(path))?;
         }
         Ok(lock)
@@ -299,8 +383,16 @@ impl Store {
 
     fn manifest_path(&self, name: &str) -> Result<PathBuf, ImageError> {
         let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-        let good = name.len() <= 64 && name.bytes().next().is_some_and(plain) && name.bytes().all(|byte| plain(byte) || b"._-".contains(&byte));
-        if good { Ok(self.root.join("images").join(format!("{name}.json"))) } else { Err(ImageError::BadName(name.to_owned())) }
+        let good = name.len() <= 64
+            && name.bytes().next().is_some_and(plain)
+            && name
+                .bytes()
+                .all(|byte| plain(byte) || b"._-".contains(&byte));
+        if good {
+            Ok(self.root.join("images").join(format!("{name}.json")))
+        } else {
+            Err(ImageError::BadName(name.to_owned()))
+        }
     }
 
     fn blob_path(&self, digest: &str) -> PathBuf {
@@ -317,7 +409,8 @@ fn publish(work: &Path, data: &[u8], path: &Path) -> Result<(), ImageError> {
         file.as_file().set_permissions(permissions)?;
         file.as_file().sync_all()?;
         file.persist(path).map_err(|error| error.error)?;
-        path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+        path.parent()
+            .map_or(Ok(()), |parent| File::open(parent)?.sync_all())
     };
     write().map_err(ImageError::io(path))
 }

@@ -64,7 +64,11 @@ fn contents(archive: &mut impl Read, size: u64) -> io::Result<Vec<u8>> {
 
 fn skip(archive: &mut impl Read, size: u64) -> io::Result<()> {
     let skipped = io::copy(&mut archive.by_ref().take(size), &mut io::sink())?;
-    if skipped == size { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    if skipped == size {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
 }
 
 fn padded(size: u64) -> u64 {
@@ -72,26 +76,51 @@ fn padded(size: u64) -> u64 {
 }
 
 fn check_sum(header: &[u8; BLOCK]) -> io::Result<()> {
-    let blank = |at: usize, byte: u8| if (148..156).contains(&at) { u64::from(b' ') } else { u64::from(byte) };
-    let sum: u64 = header.iter().enumerate().map(|(at, &byte)| blank(at, byte)).sum();
-    if octal(&header[148..156])? == sum { Ok(()) } else { Err(invalid("a header is damaged")) }
+    let blank = |at: usize, byte: u8| {
+        if (148..156).contains(&at) {
+            u64::from(b' ')
+        } else {
+            u64::from(byte)
+        }
+    };
+    let sum: u64 = header
+        .iter()
+        .enumerate()
+        .map(|(at, &byte)| blank(at, byte))
+        .sum();
+    if octal(&header[148..156])? == sum {
+        Ok(())
+    } else {
+        Err(invalid("a header is damaged"))
+    }
 }
 
 /// A number as tar writes it: octal digits, ended by a space or NUL.
 fn octal(field: &[u8]) -> io::Result<u64> {
     let field = text(field);
     let digits = field.trim();
-    if digits.is_empty() { Ok(0) } else { u64::from_str_radix(digits, 8).map_err(|_| invalid("a number is damaged")) }
+    if digits.is_empty() {
+        Ok(0)
+    } else {
+        u64::from_str_radix(digits, 8).map_err(|_| invalid("a number is damaged"))
+    }
 }
 
 fn short_name(header: &[u8; BLOCK]) -> String {
     let (name, prefix) = (text(&header[..100]), text(&header[345..500]));
-    if &header[257..262] == b"ustar" && header[262] == 0 && !prefix.is_empty() { format!("{prefix}/{name}") } else { name }
+    if &header[257..262] == b"ustar" && header[262] == 0 && !prefix.is_empty() {
+        format!("{prefix}/{name}")
+    } else {
+        name
+    }
 }
 
 /// The characters up to the first NUL.
 fn text(field: &[u8]) -> String {
-    let end = field.iter().position(|&byte| byte == 0).unwrap_or(field.len());
+    let end = field
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(field.len());
     String::from_utf8_lossy(&field[..end]).into_owned()
 }
 
@@ -122,7 +151,11 @@ mod tests {
         let long = format!("./{}", "d/".repeat(80));
         let mut archive = entry("./", b'5', b"");
         archive.extend(entry("./a", b'0', &[1; 513]));
-        archive.extend(entry("././@LongLink", b'L', format!("{long}name\0").as_bytes()));
+        archive.extend(entry(
+            "././@LongLink",
+            b'L',
+            format!("{long}name\0").as_bytes(),
+        ));
         archive.extend(entry("shortened", b'0', b"long"));
         archive.extend(entry("./link", b'2', b""));
         archive.extend(entry("./skipped", b'0', &[3; 512]));
@@ -133,7 +166,11 @@ mod tests {
 
     fn read(archive: &[u8]) -> io::Result<Vec<(String, usize)>> {
         let mut files = Vec::new();
-        for_each_file(archive, |name| name != "skipped", |name, data| files.push((name.to_owned(), data.len())))?;
+        for_each_file(
+            archive,
+            |name| name != "skipped",
+            |name, data| files.push((name.to_owned(), data.len())),
+        )?;
         Ok(files)
     }
 

@@ -16,7 +16,9 @@ impl Progress for Phases {
 }
 
 fn contains(haystack: &[u8], needle: &[u8]) -> bool {
-    haystack.windows(needle.len()).any(|window| window == needle)
+    haystack
+        .windows(needle.len())
+        .any(|window| window == needle)
 }
 
 #[test]
@@ -24,18 +26,33 @@ fn tiny_is_built_and_built_again_the_same() {
     let store = Store::open(Path::new(env!("CARGO_TARGET_TMPDIR")).join("image-cache")).unwrap();
     let phases = Phases::default();
     let image = store.build("tiny", &phases).unwrap();
-    assert!(phases.0.borrow().ends_with(&[Phase::Download, Phase::Unpack, Phase::Write]));
+    assert!(
+        phases
+            .0
+            .borrow()
+            .ends_with(&[Phase::Download, Phase::Unpack, Phase::Write])
+    );
 
     let kernel = fs::read(&image.kernel).unwrap();
     assert_eq!(&kernel[0x202..0x206], b"HdrS", "a bzImage");
     assert!(contains(&kernel, image.manifest.kernel_release.as_bytes()));
     let initrd = fs::read(&image.initrd).unwrap();
     assert!(initrd.starts_with(b"070701"));
-    for part in ["etc/strata/modules\0", "bin/busybox\0", "/virtio_pci.ko\0", "/vsock.ko\0", "TRAILER!!!\0", "virtio:d00000013v*"] {
+    for part in [
+        "etc/strata/modules\0",
+        "bin/busybox\0",
+        "/virtio_pci.ko\0",
+        "/vsock.ko\0",
+        "TRAILER!!!\0",
+        "virtio:d00000013v*",
+    ] {
         assert!(contains(&initrd, part.as_bytes()), "{part}");
     }
 
     let again = store.build("tiny", &Phases::default()).unwrap();
-    assert_eq!((again.manifest.kernel, again.manifest.initrd), (image.manifest.kernel, image.manifest.initrd));
+    assert_eq!(
+        (again.manifest.kernel, again.manifest.initrd),
+        (image.manifest.kernel, image.manifest.initrd)
+    );
     assert_eq!(store.list().unwrap().len(), 1);
 }

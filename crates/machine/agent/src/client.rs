@@ -41,9 +41,14 @@ fn connect_once(socket: &Path, port: u32, patience: Duration) -> io::Result<Unix
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
     // One byte at a time: what follows the line belongs to somebody else.
     let mut answer = Vec::new();
-    BufReader::with_capacity(1, &stream).take(ANSWER_SIZE_MAX).read_until(b'\n', &mut answer)?;
+    BufReader::with_capacity(1, &stream)
+        .take(ANSWER_SIZE_MAX)
+        .read_until(b'\n', &mut answer)?;
     if !answer.starts_with(b"OK ") || !answer.ends_with(b"\n") {
-        return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "nothing listens on that port of the guest"));
+        return Err(io::Error::new(
+            io::ErrorKind::ConnectionRefused,
+            "nothing listens on that port of the guest",
+        ));
     }
     stream.set_read_timeout(None)?;
     Ok(stream)
@@ -115,7 +120,12 @@ impl Shared {
             state.endpoint.sent(bytes.len());
             match (bytes.is_empty(), state.closed) {
                 (true, true) => return,
-                (true, false) => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                (true, false) => {
+                    state = self
+                        .changed
+                        .wait(state)
+                        .unwrap_or_else(PoisonError::into_inner)
+                }
                 (false, _) => {
                     drop(state);
                     let written = writer.write_all(&bytes).and_then(|()| writer.flush());
@@ -144,10 +154,18 @@ impl Shared {
 impl<R: Read> Client<R> {
     /// Greets the agent. `reader` and `writer` are the two directions of one stream, such as a socket and its clone.
     pub fn greet(reader: R, writer: impl Write + Send + 'static) -> Result<Client<R>, ClientError> {
-        let state = Mutex::new(Shareable { endpoint: Endpoint::new(Role::Host), closed: false });
-        let shared = Arc::new(Shared { state, changed: Condvar::new() });
+        let state = Mutex::new(Shareable {
+            endpoint: Endpoint::new(Role::Host),
+            closed: false,
+        });
+        let shared = Arc::new(Shared {
+            state,
+            changed: Condvar::new(),
+        });
         let of_writer = Arc::clone(&shared);
-        thread::Builder::new().name("agent-writer".to_owned()).spawn(move || of_writer.write_all_to(writer))?;
+        thread::Builder::new()
+            .name("agent-writer".to_owned())
+            .spawn(move || of_writer.write_all_to(writer))?;
         let mut client = Client { reader, shared };
         match client.next_event()? {
             Event::Greeted { .. } => Ok(client),
@@ -162,7 +180,11 @@ impl<R: Read> Client<R> {
         loop {
             match self.next_event()? {
                 Event::Message(Message::Started { pid }) => {
-                    return Ok(Process { client: self, pid, handed_out: None });
+                    return Ok(Process {
+                        client: self,
+                        pid,
+                        handed_out: None,
+                    });
                 }
                 Event::Message(Message::Failed { reason, text }) => {
                     let text = String::from_utf8_lossy(&text).into_owned();
@@ -205,7 +227,10 @@ impl<R: Read> Client<R> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error.into()),
             };
-            self.shared.lock().endpoint.receive(buffer.get(..length).unwrap_or_default());
+            self.shared
+                .lock()
+                .endpoint
+                .receive(buffer.get(..length).unwrap_or_default());
         }
     }
 }
@@ -224,7 +249,9 @@ impl<R: Read> Process<R> {
 
     /// A way in to the program.
     pub fn input(&self) -> Input {
-        Input { shared: Arc::clone(&self.client.shared) }
+        Input {
+            shared: Arc::clone(&self.client.shared),
+        }
     }
 
     /// Waits for what the program does next. Asking for the next output says that the last one has gone where it belongs:
@@ -268,12 +295,19 @@ impl Input {
         while !data.is_empty() {
             let mut state = self.shared.lock();
             while state.endpoint.credit(Stream::Stdin) == 0 && !state.closed {
-                state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self
+                    .shared
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
             }
             if state.closed {
                 return Err(closed());
             }
-            let length = data.len().min(DATA_SIZE_MAX).min(state.endpoint.credit(Stream::Stdin));
+            let length = data
+                .len()
+                .min(DATA_SIZE_MAX)
+                .min(state.endpoint.credit(Stream::Stdin));
             let (piece, rest) = data.split_at_checked(length).unwrap_or((data, &[]));
             state.endpoint.send(&Message::Stdin(piece.to_vec()))?;
             self.shared.changed.notify_all();

@@ -84,7 +84,11 @@ pub struct Endpoint {
 impl Endpoint {
     /// A new connection. Its greeting is waiting to be sent.
     pub fn new(role: Role) -> Endpoint {
-        let flow = || Flow { credit: WINDOW, owed: 0, ended: false };
+        let flow = || Flow {
+            credit: WINDOW,
+            owed: 0,
+            ended: false,
+        };
         Endpoint {
             role,
             state: State::Greeting,
@@ -118,7 +122,9 @@ impl Endpoint {
                     }
                 }
                 Err(ProtocolError::UnknownKind(kind)) if kind >= SKIPPABLE => {}
-                Err(ProtocolError::UnknownKind(kind)) if self.role == Role::Guest && self.state == State::Idle => {
+                Err(ProtocolError::UnknownKind(kind))
+                    if self.role == Role::Guest && self.state == State::Idle =>
+                {
                     Message::Unsupported { kind }.encode(&mut self.outgoing)?;
                 }
                 Err(error) => return Err(error),
@@ -184,24 +190,39 @@ impl Endpoint {
         let Some(greeting) = self.incoming.first_chunk::<GREETING_SIZE>() else {
             // A peer that is something else may never send enough to fill a greeting.
             let known = Greeting::OURS.to_bytes();
-            let magic = self.incoming.iter().zip(known.iter().take(8)).all(|(got, wanted)| got == wanted);
-            return if magic { Ok(None) } else { Err(ProtocolError::NotAnAgent) };
+            let magic = self
+                .incoming
+                .iter()
+                .zip(known.iter().take(8))
+                .all(|(got, wanted)| got == wanted);
+            return if magic {
+                Ok(None)
+            } else {
+                Err(ProtocolError::NotAnAgent)
+            };
         };
         let (version, capabilities) = Greeting::OURS.agree(Greeting::from_bytes(greeting)?)?;
         self.taken = GREETING_SIZE;
         self.state = State::Idle;
-        Ok(Some(Event::Greeted { version, capabilities }))
+        Ok(Some(Event::Greeted {
+            version,
+            capabilities,
+        }))
     }
 
     fn take_frame(&mut self) -> Result<Option<Vec<u8>>, ProtocolError> {
         let waiting = self.incoming.get(self.taken..).unwrap_or_default();
-        let Some((size, rest)) = waiting.split_first_chunk::<4>() else { return Ok(None) };
+        let Some((size, rest)) = waiting.split_first_chunk::<4>() else {
+            return Ok(None);
+        };
         let size = u32::from_le_bytes(*size);
         let length = usize::try_from(size).unwrap_or(usize::MAX);
         if length == 0 || length > FRAME_SIZE_MAX {
             return Err(ProtocolError::FrameSize(size));
         }
-        let Some(frame) = rest.get(..length).map(<[u8]>::to_vec) else { return Ok(None) };
+        let Some(frame) = rest.get(..length).map(<[u8]>::to_vec) else {
+            return Ok(None);
+        };
         self.taken += 4 + length;
         Ok(Some(frame))
     }
@@ -218,7 +239,9 @@ impl Endpoint {
         }
         if let Message::Credit { stream, bytes } = message {
             let flow = self.flow(stream);
-            flow.credit = flow.credit.saturating_add(usize::try_from(bytes).unwrap_or(usize::MAX));
+            flow.credit = flow
+                .credit
+                .saturating_add(usize::try_from(bytes).unwrap_or(usize::MAX));
             return Ok(Some(Event::Credit(stream)));
         }
         if let Some((stream, length)) = data_of(&message) {
@@ -240,14 +263,32 @@ impl Endpoint {
             (Role::Host, Message::IdentityChanged { .. } | Message::TimeStepped { .. }) => &[Idle],
             (Role::Host, Message::Stdin(_) | Message::StdinEof) => &[Starting, Running, Over],
             (Role::Host, Message::Signal(_) | Message::Resize { .. }) => &[Starting, Running, Over],
-            (Role::Host, Message::Credit { stream: Stream::Stdout | Stream::Stderr, .. }) => &[Starting, Running, Over],
+            (
+                Role::Host,
+                Message::Credit {
+                    stream: Stream::Stdout | Stream::Stderr,
+                    ..
+                },
+            ) => &[Starting, Running, Over],
             (Role::Guest, Message::Started { .. } | Message::Failed { .. }) => &[Starting],
-            (Role::Guest, Message::Stdout(_) | Message::Stderr(_) | Message::Exited(_)) => &[Running],
-            (Role::Guest, Message::Credit { stream: Stream::Stdin, .. }) => &[Starting, Running],
+            (Role::Guest, Message::Stdout(_) | Message::Stderr(_) | Message::Exited(_)) => {
+                &[Running]
+            }
+            (
+                Role::Guest,
+                Message::Credit {
+                    stream: Stream::Stdin,
+                    ..
+                },
+            ) => &[Starting, Running],
             (Role::Guest, Message::Pong | Message::Done | Message::Unsupported { .. }) => &[Asked],
             _ => &[],
         };
-        if states.contains(&self.state) { Ok(()) } else { Err(ProtocolError::OutOfOrder(message.kind())) }
+        if states.contains(&self.state) {
+            Ok(())
+        } else {
+            Err(ProtocolError::OutOfOrder(message.kind()))
+        }
     }
 
     /// Applies a message that was sent or received in order.
@@ -259,7 +300,9 @@ impl Endpoint {
         match message {
             Message::Exec(_) => self.state = State::Starting,
             Message::Ping | Message::PowerOff { .. } => self.state = State::Asked,
-            Message::IdentityChanged { .. } | Message::TimeStepped { .. } => self.state = State::Asked,
+            Message::IdentityChanged { .. } | Message::TimeStepped { .. } => {
+                self.state = State::Asked
+            }
             Message::StdinEof => self.stdin.ended = true,
             Message::Started { .. } => self.state = State::Running,
             Message::Pong | Message::Done | Message::Unsupported { .. } => self.state = State::Idle,

@@ -35,12 +35,23 @@ impl fmt::Display for ProtocolError {
         match self {
             ProtocolError::NotAnAgent => write!(f, "the other end is not a Strata agent"),
             ProtocolError::Version { oldest, newest } => {
-                write!(f, "the other end speaks agent protocol versions {oldest} to {newest}, this end does not")
+                write!(
+                    f,
+                    "the other end speaks agent protocol versions {oldest} to {newest}, this end does not"
+                )
             }
-            ProtocolError::FrameSize(size) => write!(f, "an agent frame of {size} bytes is not allowed"),
-            ProtocolError::Malformed(kind) => write!(f, "an agent message of kind {kind:#04x} is malformed"),
-            ProtocolError::UnknownKind(kind) => write!(f, "an agent message of unknown kind {kind:#04x}"),
-            ProtocolError::OutOfOrder(kind) => write!(f, "an agent message of kind {kind:#04x} came out of order"),
+            ProtocolError::FrameSize(size) => {
+                write!(f, "an agent frame of {size} bytes is not allowed")
+            }
+            ProtocolError::Malformed(kind) => {
+                write!(f, "an agent message of kind {kind:#04x} is malformed")
+            }
+            ProtocolError::UnknownKind(kind) => {
+                write!(f, "an agent message of unknown kind {kind:#04x}")
+            }
+            ProtocolError::OutOfOrder(kind) => {
+                write!(f, "an agent message of kind {kind:#04x} came out of order")
+            }
             ProtocolError::NoCredit(stream) => write!(f, "more {stream} data than was allowed"),
         }
     }

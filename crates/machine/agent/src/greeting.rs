@@ -34,13 +34,23 @@ pub struct Greeting {
 
 impl Greeting {
     /// What this code says.
-    pub const OURS: Greeting = Greeting { newest: VERSION, oldest: OLDEST_VERSION, capabilities: 0 };
+    pub const OURS: Greeting = Greeting {
+        newest: VERSION,
+        oldest: OLDEST_VERSION,
+        capabilities: 0,
+    };
 
     /// The bytes on the wire.
     pub fn to_bytes(self) -> [u8; GREETING_SIZE] {
         let mut bytes = [0; GREETING_SIZE];
-        let fields = MAGIC.into_iter().chain(self.newest.to_le_bytes()).chain(self.oldest.to_le_bytes());
-        for (to, from) in bytes.iter_mut().zip(fields.chain(self.capabilities.to_le_bytes())) {
+        let fields = MAGIC
+            .into_iter()
+            .chain(self.newest.to_le_bytes())
+            .chain(self.oldest.to_le_bytes());
+        for (to, from) in bytes
+            .iter_mut()
+            .zip(fields.chain(self.capabilities.to_le_bytes()))
+        {
             *to = from;
         }
         bytes
@@ -63,7 +73,10 @@ impl Greeting {
     pub fn agree(self, peer: Greeting) -> Result<(u16, u32), ProtocolError> {
         let version = self.newest.min(peer.newest);
         if version < self.oldest || version < peer.oldest {
-            return Err(ProtocolError::Version { oldest: peer.oldest, newest: peer.newest });
+            return Err(ProtocolError::Version {
+                oldest: peer.oldest,
+                newest: peer.newest,
+            });
         }
         Ok((version, self.capabilities & peer.capabilities))
     }
@@ -78,17 +91,33 @@ mod tests {
         let bytes = *b"StrataAg\x01\0\x01\0\0\0\0\0";
         assert_eq!(Greeting::OURS.to_bytes(), bytes);
         assert_eq!(Greeting::from_bytes(&bytes), Ok(Greeting::OURS));
-        assert_eq!(Greeting::from_bytes(b"SSH-2.0-OpenSSH_"), Err(ProtocolError::NotAnAgent));
+        assert_eq!(
+            Greeting::from_bytes(b"SSH-2.0-OpenSSH_"),
+            Err(ProtocolError::NotAnAgent)
+        );
     }
 
     #[test]
     fn agreement() {
-        let greeting = |oldest, newest, capabilities| Greeting { newest, oldest, capabilities };
-        assert_eq!(greeting(1, 3, 0b110).agree(greeting(1, 2, 0b011)), Ok((2, 0b010)));
+        let greeting = |oldest, newest, capabilities| Greeting {
+            newest,
+            oldest,
+            capabilities,
+        };
+        assert_eq!(
+            greeting(1, 3, 0b110).agree(greeting(1, 2, 0b011)),
+            Ok((2, 0b010))
+        );
         assert_eq!(greeting(1, 1, 0).agree(greeting(1, 9, 1)), Ok((1, 0)));
-        let error = ProtocolError::Version { oldest: 2, newest: 3 };
+        let error = ProtocolError::Version {
+            oldest: 2,
+            newest: 3,
+        };
         assert_eq!(greeting(1, 1, 0).agree(greeting(2, 3, 0)), Err(error));
-        let error = ProtocolError::Version { oldest: 1, newest: 1 };
+        let error = ProtocolError::Version {
+            oldest: 1,
+            newest: 1,
+        };
         assert_eq!(greeting(2, 3, 0).agree(greeting(1, 1, 0)), Err(error));
     }
 }

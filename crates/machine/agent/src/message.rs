@@ -189,7 +189,9 @@ impl Message {
     fn encode_body(&self, out: &mut Vec<u8>) {
         match self {
             Message::Exec(exec) => exec.encode(out),
-            Message::Stdin(data) | Message::Stdout(data) | Message::Stderr(data) => out.extend_from_slice(data),
+            Message::Stdin(data) | Message::Stdout(data) | Message::Stderr(data) => {
+                out.extend_from_slice(data)
+            }
             Message::StdinEof | Message::Ping | Message::Pong | Message::Done => {}
             Message::Signal(number) => out.push(*number),
             Message::Resize { rows, cols } => {
@@ -234,7 +236,11 @@ impl Exec {
         string(&self.user, out);
         string(&self.cwd, out);
         for strings in [&self.argv, &self.env] {
-            out.extend(u32::try_from(strings.len()).unwrap_or(u32::MAX).to_le_bytes());
+            out.extend(
+                u32::try_from(strings.len())
+                    .unwrap_or(u32::MAX)
+                    .to_le_bytes(),
+            );
             strings.iter().for_each(|text| string(text, out));
         }
     }
@@ -262,7 +268,9 @@ impl Body<'_> {
             0x07 => Some(Message::Ping),
             0x08 => self.flag().map(|reboot| Message::PowerOff { reboot }),
             0x09 => self.array().map(|id| Message::IdentityChanged { id }),
-            0x0a => self.array().map(|ns| Message::TimeStepped { ns: i64::from_le_bytes(ns) }),
+            0x0a => self.array().map(|ns| Message::TimeStepped {
+                ns: i64::from_le_bytes(ns),
+            }),
             0x41 => self.long().map(|pid| Message::Started { pid }),
             0x42 => self.failed(),
             0x43 => self.data().map(Message::Stdout),
@@ -279,11 +287,26 @@ impl Body<'_> {
         let (tty, rows, cols) = (self.flag()?, self.short()?, self.short()?);
         let (user, cwd) = (self.string()?, self.string()?);
         let (argv, env) = (self.list()?, self.list()?);
-        if argv.is_empty() { None } else { Some(Exec { argv, env, cwd, user, tty, rows, cols }) }
+        if argv.is_empty() {
+            None
+        } else {
+            Some(Exec {
+                argv,
+                env,
+                cwd,
+                user,
+                tty,
+                rows,
+                cols,
+            })
+        }
     }
 
     fn resize(&mut self) -> Option<Message> {
-        Some(Message::Resize { rows: self.short()?, cols: self.short()? })
+        Some(Message::Resize {
+            rows: self.short()?,
+            cols: self.short()?,
+        })
     }
 
     fn credit(&mut self) -> Option<Message> {
@@ -293,7 +316,10 @@ impl Body<'_> {
             2 => Stream::Stderr,
             _ => return None,
         };
-        Some(Message::Credit { stream, bytes: self.long()? })
+        Some(Message::Credit {
+            stream,
+            bytes: self.long()?,
+        })
     }
 
     fn failed(&mut self) -> Option<Message> {
@@ -303,7 +329,10 @@ impl Body<'_> {
             2 => FailReason::Other,
             _ => return None,
         };
-        Some(Message::Failed { reason, text: self.string()? })
+        Some(Message::Failed {
+            reason,
+            text: self.string()?,
+        })
     }
 
     fn exited(&mut self) -> Option<Message> {
@@ -379,22 +408,35 @@ pub(crate) mod tests {
     }
 
     fn exec() -> impl Strategy<Value = Exec> {
-        let lists = (proptest::collection::vec(bytes(20), 1..5), proptest::collection::vec(bytes(20), 0..5));
-        (lists, bytes(20), bytes(20), any::<(bool, u16, u16)>()).prop_map(|((argv, env), cwd, user, (tty, rows, cols))| Exec {
-            argv,
-            env,
-            cwd,
-            user,
-            tty,
-            rows,
-            cols,
-        })
+        let lists = (
+            proptest::collection::vec(bytes(20), 1..5),
+            proptest::collection::vec(bytes(20), 0..5),
+        );
+        (lists, bytes(20), bytes(20), any::<(bool, u16, u16)>()).prop_map(
+            |((argv, env), cwd, user, (tty, rows, cols))| Exec {
+                argv,
+                env,
+                cwd,
+                user,
+                tty,
+                rows,
+                cols,
+            },
+        )
     }
 
     /// Any message there is.
     pub(crate) fn message() -> impl Strategy<Value = Message> {
-        let stream = prop_oneof![Just(Stream::Stdin), Just(Stream::Stdout), Just(Stream::Stderr)];
-        let reason = prop_oneof![Just(FailReason::NotFound), Just(FailReason::NotExecutable), Just(FailReason::Other)];
+        let stream = prop_oneof![
+            Just(Stream::Stdin),
+            Just(Stream::Stdout),
+            Just(Stream::Stderr)
+        ];
+        let reason = prop_oneof![
+            Just(FailReason::NotFound),
+            Just(FailReason::NotExecutable),
+            Just(FailReason::Other)
+        ];
         prop_oneof![
             exec().prop_map(Message::Exec),
             some_bytes().prop_map(Message::Stdin),
@@ -450,9 +492,15 @@ pub(crate) mod tests {
 
     #[test]
     fn too_much_is_refused() {
-        let exec = Exec { argv: vec![vec![b'x'; FRAME_SIZE_MAX]], ..Exec::default() };
+        let exec = Exec {
+            argv: vec![vec![b'x'; FRAME_SIZE_MAX]],
+            ..Exec::default()
+        };
         let mut out = Vec::new();
-        assert!(matches!(Message::Exec(exec).encode(&mut out), Err(ProtocolError::FrameSize(_))));
+        assert!(matches!(
+            Message::Exec(exec).encode(&mut out),
+            Err(ProtocolError::FrameSize(_))
+        ));
         assert!(out.is_empty());
         let many = [&[0x43][..], &vec![0; DATA_SIZE_MAX + 1]].concat();
         assert_eq!(Message::decode(&many), Err(ProtocolError::Malformed(0x43)));
@@ -463,7 +511,10 @@ pub(crate) mod tests {
         let body = [&[0x01, 0, 0, 0, 0, 0][..], &[0; 8], &u32::MAX.to_le_bytes()].concat();
         assert_eq!(Message::decode(&body), Err(ProtocolError::Malformed(0x01)));
         // Empty strings take four bytes each, so a frame bounds their number.
-        assert_eq!(Message::decode(&[0x7f]), Err(ProtocolError::UnknownKind(0x7f)));
+        assert_eq!(
+            Message::decode(&[0x7f]),
+            Err(ProtocolError::UnknownKind(0x7f))
+        );
         assert_eq!(Message::decode(&[]), Err(ProtocolError::FrameSize(0)));
     }
 }

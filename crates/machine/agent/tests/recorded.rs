@@ -36,11 +36,18 @@ fn replay(path: &Path) {
     // The greeting is that of the version that was recorded.
     host.sent(usize::MAX);
     guest.sent(usize::MAX);
-    let mut lines = recording.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).peekable();
+    let mut lines = recording
+        .lines()
+        .filter(|line| !line.starts_with('#') && !line.is_empty())
+        .peekable();
     while let Some(line) = lines.next() {
         let (sender, bytes) = line.split_once(' ').unwrap();
         let bytes = unescape(bytes);
-        let (from, to) = if sender == "host" { (&mut host, &mut guest) } else { (&mut guest, &mut host) };
+        let (from, to) = if sender == "host" {
+            (&mut host, &mut guest)
+        } else {
+            (&mut guest, &mut host)
+        };
         to.receive(&bytes);
         let mut seen = String::new();
         let mut is_message = false;
@@ -57,7 +64,12 @@ fn replay(path: &Path) {
         }
         assert_eq!(seen, expected, "{}: after {line}", path.display());
         if is_message {
-            assert_eq!(from.outgoing().escape_ascii().to_string(), bytes.escape_ascii().to_string(), "{}", path.display());
+            assert_eq!(
+                from.outgoing().escape_ascii().to_string(),
+                bytes.escape_ascii().to_string(),
+                "{}",
+                path.display()
+            );
         }
         from.sent(usize::MAX);
     }

@@ -14,7 +14,10 @@ struct Sandbox {
 
 fn sandbox() -> Sandbox {
     let directory = tempfile::tempdir().unwrap();
-    Sandbox { store: Store::open(directory.path().join("cache")).unwrap(), _directory: directory }
+    Sandbox {
+        store: Store::open(directory.path().join("cache")).unwrap(),
+        _directory: directory,
+    }
 }
 
 fn install(store: &Store, name: &str, kernel: &[u8], initrd: &[u8]) -> Image {
@@ -26,12 +29,19 @@ fn install(store: &Store, name: &str, kernel: &[u8], initrd: &[u8]) -> Image {
     };
     let path = store.manifest_path(name).unwrap();
     let _lock = store.lock(&Quiet).unwrap();
-    store.install(name, &path, &Recipe::get("tiny").unwrap(), made).unwrap()
+    store
+        .install(name, &path, &Recipe::get("tiny").unwrap(), made)
+        .unwrap()
 }
 
 fn files(store: &Store, directory: &str) -> Vec<String> {
-    let entries = fs::read_dir(store.root().join(directory)).into_iter().flatten().flatten();
-    let mut names: Vec<String> = entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    let entries = fs::read_dir(store.root().join(directory))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -55,11 +65,22 @@ fn what_is_installed_is_found_and_removed() {
     assert_eq!(image.size(), 12);
     install(&store, "other", b"kernel", b"another");
     assert_eq!(files(&store, "blobs/sha256").len(), 3);
-    assert_eq!(store.list().unwrap().iter().map(|image| image.name.as_str()).collect::<Vec<_>>(), ["other", "tiny"]);
+    assert_eq!(
+        store
+            .list()
+            .unwrap()
+            .iter()
+            .map(|image| image.name.as_str())
+            .collect::<Vec<_>>(),
+        ["other", "tiny"]
+    );
 
     store.remove("tiny").unwrap();
     assert_eq!(files(&store, "blobs/sha256").len(), 2);
-    assert_eq!(fs::read(store.get("other").unwrap().kernel).unwrap(), b"kernel");
+    assert_eq!(
+        fs::read(store.get("other").unwrap().kernel).unwrap(),
+        b"kernel"
+    );
     store.remove("other").unwrap();
     assert_eq!(files(&store, "blobs/sha256"), [""; 0]);
     assert_eq!(files(&store, "verified"), [""; 0]);
@@ -81,11 +102,17 @@ fn damage_is_seen_even_if_the_size_stays() {
     let image = install(&store, "tiny", b"kernel", b"initrd");
     fs::remove_file(&image.initrd).unwrap();
     fs::write(&image.initrd, b"inItrd").unwrap();
-    assert!(matches!(store.get("tiny"), Err(ImageError::Damaged { part: "initrd", .. })));
+    assert!(matches!(
+        store.get("tiny"),
+        Err(ImageError::Damaged { part: "initrd", .. })
+    ));
     fs::write(&image.initrd, b"initrd").unwrap();
     store.get("tiny").unwrap();
     fs::remove_file(&image.kernel).unwrap();
-    assert!(matches!(store.get("tiny"), Err(ImageError::Damaged { part: "kernel", .. })));
+    assert!(matches!(
+        store.get("tiny"),
+        Err(ImageError::Damaged { part: "kernel", .. })
+    ));
 }
 
 #[test]
@@ -111,25 +138,50 @@ fn manifests_that_cannot_be_read() {
         store.get("tiny").unwrap_err()
     };
     assert!(matches!(check("{"), ImageError::BadManifest { .. }));
-    assert!(matches!(check(r#"{"version": 2, "layers": []}"#), ImageError::LaterManifest { version: 2, .. }));
+    assert!(matches!(
+        check(r#"{"version": 2, "layers": []}"#),
+        ImageError::LaterManifest { version: 2, .. }
+    ));
     let digest = store_digest(&good);
-    assert!(matches!(check(&good.replace(&digest, "../../../etc/passwd")), ImageError::BadManifest { .. }));
+    assert!(matches!(
+        check(&good.replace(&digest, "../../../etc/passwd")),
+        ImageError::BadManifest { .. }
+    ));
     for length in (0..good.len()).step_by(7) {
         check(&good[..length]);
     }
 }
 
 fn store_digest(manifest: &str) -> String {
-    serde_json::from_str::<Manifest>(manifest).unwrap().kernel.sha256
+    serde_json::from_str::<Manifest>(manifest)
+        .unwrap()
+        .kernel
+        .sha256
 }
 
 #[test]
 fn names_that_are_none() {
     let Sandbox { store, .. } = sandbox();
-    for name in ["", ".", "..", "../tiny", "a/b", "Tiny", "-x", "tiny\n", &"x".repeat(65)] {
-        assert!(matches!(store.get(name), Err(ImageError::BadName(_))), "{name:?}");
+    for name in [
+        "",
+        ".",
+        "..",
+        "../tiny",
+        "a/b",
+        "Tiny",
+        "-x",
+        "tiny\n",
+        &"x".repeat(65),
+    ] {
+        assert!(
+            matches!(store.get(name), Err(ImageError::BadName(_))),
+            "{name:?}"
+        );
     }
-    assert!(matches!(store.build("no-such", &Quiet), Err(ImageError::NoRecipe { .. })));
+    assert!(matches!(
+        store.build("no-such", &Quiet),
+        Err(ImageError::NoRecipe { .. })
+    ));
 }
 
 #[test]
@@ -145,7 +197,10 @@ fn the_second_of_two_waits_and_says_so() {
     let (sender, receiver) = mpsc::channel();
     let other = store.clone();
     let second = thread::spawn(move || other.lock(&Tell(sender)).map(drop));
-    assert_eq!(receiver.recv_timeout(Duration::from_secs(10)), Ok(Phase::Waiting));
+    assert_eq!(
+        receiver.recv_timeout(Duration::from_secs(10)),
+        Ok(Phase::Waiting)
+    );
     assert!(!second.is_finished());
     drop(first);
     second.join().unwrap().unwrap();
@@ -157,5 +212,9 @@ fn a_verified_image_opens_at_once() {
     install(&store, "tiny", &vec![7; 64 << 20], b"initrd");
     let begin = Instant::now();
     store.get("tiny").unwrap();
-    assert!(begin.elapsed() < Duration::from_millis(20), "{:?}", begin.elapsed());
+    assert!(
+        begin.elapsed() < Duration::from_millis(20),
+        "{:?}",
+        begin.elapsed()
+    );
 }

@@ -5,7 +5,10 @@ use crate::message::{DATA_SIZE_MAX, Exec, ExitStatus};
 use proptest::prelude::*;
 
 /// Moves all bytes there are, in both directions, and returns what each end saw.
-fn exchange(host: &mut Endpoint, guest: &mut Endpoint) -> Result<(Vec<Event>, Vec<Event>), ProtocolError> {
+fn exchange(
+    host: &mut Endpoint,
+    guest: &mut Endpoint,
+) -> Result<(Vec<Event>, Vec<Event>), ProtocolError> {
     let (mut at_host, mut at_guest) = (Vec::new(), Vec::new());
     while !host.outgoing().is_empty() || !guest.outgoing().is_empty() {
         deliver(host, guest, &mut at_guest)?;
@@ -14,7 +17,11 @@ fn exchange(host: &mut Endpoint, guest: &mut Endpoint) -> Result<(Vec<Event>, Ve
     Ok((at_host, at_guest))
 }
 
-fn deliver(from: &mut Endpoint, to: &mut Endpoint, seen: &mut Vec<Event>) -> Result<(), ProtocolError> {
+fn deliver(
+    from: &mut Endpoint,
+    to: &mut Endpoint,
+    seen: &mut Vec<Event>,
+) -> Result<(), ProtocolError> {
     to.receive(from.outgoing());
     from.sent(usize::MAX);
     while let Some(event) = to.next_event()? {
@@ -25,8 +32,14 @@ fn deliver(from: &mut Endpoint, to: &mut Endpoint, seen: &mut Vec<Event>) -> Res
 
 fn pair() -> (Endpoint, Endpoint) {
     let (mut host, mut guest) = (Endpoint::new(Role::Host), Endpoint::new(Role::Guest));
-    let greeted = vec![Event::Greeted { version: 1, capabilities: 0 }];
-    assert_eq!(exchange(&mut host, &mut guest), Ok((greeted.clone(), greeted)));
+    let greeted = vec![Event::Greeted {
+        version: 1,
+        capabilities: 0,
+    }];
+    assert_eq!(
+        exchange(&mut host, &mut guest),
+        Ok((greeted.clone(), greeted))
+    );
     (host, guest)
 }
 
@@ -40,7 +53,10 @@ fn running() -> (Endpoint, Endpoint) {
 }
 
 fn exec() -> Message {
-    Message::Exec(Exec { argv: vec![b"true".to_vec()], ..Exec::default() })
+    Message::Exec(Exec {
+        argv: vec![b"true".to_vec()],
+        ..Exec::default()
+    })
 }
 
 #[test]
@@ -52,7 +68,13 @@ fn a_whole_session() {
     guest.send(&Message::Exited(ExitStatus::Code(3))).unwrap();
     let (at_host, at_guest) = exchange(&mut host, &mut guest).unwrap();
     let message = Event::Message;
-    assert_eq!(at_host, [message(Message::Stdout(b"out".to_vec())), message(Message::Exited(ExitStatus::Code(3)))]);
+    assert_eq!(
+        at_host,
+        [
+            message(Message::Stdout(b"out".to_vec())),
+            message(Message::Exited(ExitStatus::Code(3)))
+        ]
+    );
     // The guest had sent the end before the input came.
     assert_eq!(at_guest, []);
     assert!(host.is_over() && guest.is_over());
@@ -63,14 +85,23 @@ fn questions_have_one_answer_each() {
     let (mut host, mut guest) = pair();
     for (question, answer) in [
         (Message::Ping, Message::Pong),
-        (Message::TimeStepped { ns: -5 }, Message::Unsupported { kind: 0x0a }),
+        (
+            Message::TimeStepped { ns: -5 },
+            Message::Unsupported { kind: 0x0a },
+        ),
         (Message::PowerOff { reboot: false }, Message::Done),
     ] {
         host.send(&question).unwrap();
-        assert_eq!(host.send(&Message::Ping), Err(ProtocolError::OutOfOrder(0x07)));
+        assert_eq!(
+            host.send(&Message::Ping),
+            Err(ProtocolError::OutOfOrder(0x07))
+        );
         exchange(&mut host, &mut guest).unwrap();
         guest.send(&answer).unwrap();
-        assert_eq!(exchange(&mut host, &mut guest).unwrap().0, [Event::Message(answer)]);
+        assert_eq!(
+            exchange(&mut host, &mut guest).unwrap().0,
+            [Event::Message(answer)]
+        );
     }
 }
 
@@ -88,12 +119,21 @@ fn unknown_kinds() {
 #[test]
 fn what_is_out_of_order_is_refused() {
     let (mut host, _) = pair();
-    assert_eq!(host.send(&Message::Stdin(vec![1])), Err(ProtocolError::OutOfOrder(0x02)));
-    assert_eq!(host.send(&Message::Pong), Err(ProtocolError::OutOfOrder(0x46)));
+    assert_eq!(
+        host.send(&Message::Stdin(vec![1])),
+        Err(ProtocolError::OutOfOrder(0x02))
+    );
+    assert_eq!(
+        host.send(&Message::Pong),
+        Err(ProtocolError::OutOfOrder(0x46))
+    );
     let (mut host, mut guest) = running();
     assert_eq!(host.send(&exec()), Err(ProtocolError::OutOfOrder(0x01)));
     guest.send(&Message::Exited(ExitStatus::Signal(9))).unwrap();
-    assert_eq!(guest.send(&Message::Stdout(vec![1])), Err(ProtocolError::OutOfOrder(0x43)));
+    assert_eq!(
+        guest.send(&Message::Stdout(vec![1])),
+        Err(ProtocolError::OutOfOrder(0x43))
+    );
     let mut frame = Vec::new();
     Message::Ping.encode(&mut frame).unwrap();
     host.receive(&frame);
@@ -107,7 +147,10 @@ fn data_needs_credit() {
     for _ in 0..WINDOW / DATA_SIZE_MAX {
         guest.send(&piece).unwrap();
     }
-    assert_eq!(guest.send(&Message::Stdout(vec![0])), Err(ProtocolError::NoCredit(Stream::Stdout)));
+    assert_eq!(
+        guest.send(&Message::Stdout(vec![0])),
+        Err(ProtocolError::NoCredit(Stream::Stdout))
+    );
     // Another stream has its own.
     guest.send(&Message::Stderr(vec![0])).unwrap();
     exchange(&mut host, &mut guest).unwrap();
@@ -128,10 +171,14 @@ fn a_peer_without_credit_is_cut_off() {
         piece.encode(&mut frame).unwrap();
     }
     guest.receive(&frame);
-    let result = std::iter::repeat_with(|| guest.next_event()).find(|result| !matches!(result, Ok(Some(_))));
+    let result =
+        std::iter::repeat_with(|| guest.next_event()).find(|result| !matches!(result, Ok(Some(_))));
     assert_eq!(result, Some(Err(ProtocolError::NoCredit(Stream::Stdin))));
     host.send(&Message::StdinEof).unwrap();
-    assert_eq!(host.send(&Message::Stdin(vec![1])), Err(ProtocolError::NoCredit(Stream::Stdin)));
+    assert_eq!(
+        host.send(&Message::Stdin(vec![1])),
+        Err(ProtocolError::NoCredit(Stream::Stdin))
+    );
 }
 
 #[test]
