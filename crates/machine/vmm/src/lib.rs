@@ -1,6 +1,6 @@
 //! One virtual machine: its configuration, building it, running it, its console and its control socket.
 //!
-//! A [`MachineConfig`] says everything about a machine as values.
+//! A [`MachineConfig`] says everything about a machine as values. [`Machine::build`] makes the memory, the devices and
 //! the vCPUs it names; [`Machine::run`] runs them until the machine ends and says how ([`Outcome`]).
 //!
 //! Threads: each vCPU has one, on which devices are called; one thread (the caller of [`Machine::run`]) owns the
@@ -28,13 +28,30 @@
 
 pub mod config;
 pub mod control;
+pub mod engines;
+
+mod bus;
+mod chassis;
+mod console;
+mod error;
+mod event;
+mod load;
+mod machine;
 mod name;
+mod platform;
 mod ring;
 mod run_dir;
 mod size;
 mod state;
+mod vcpu;
+
+#[cfg(test)]
+mod tests;
 
 pub use config::MachineConfig;
+pub use console::ConsoleInput;
+pub use error::{BuildError, Crash, Outcome};
+pub use machine::{HostEnds, Machine, MachineHandle, MachineStats};
 pub use name::{MachineName, NameError};
 pub use ring::ConsoleRing;
 pub use run_dir::{RunDir, RunDirError};

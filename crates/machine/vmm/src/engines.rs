@@ -1,0 +1,120 @@
+//! Which engines there are, which one a machine gets, and why.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use strata_engine::x86::{CpuModel, X86};
+use strata_engine::{Engine, EngineError, MachineClock};
+use strata_memory::GuestMemory;
+
+use crate::config::EngineChoice;
+
+/// An engine of whatever kind.
+pub type AnyEngine = dyn Engine<Arch = X86>;
+
+/// What an engine is made with.
+pub struct EngineParts {
+    /// The machine's RAM.
+    pub memory: GuestMemory,
+    /// The machine's time.
+    pub clock: Arc<MachineClock>,
+    /// What the guest's CPUs can do.
+    pub model: CpuModel,
+    /// How many vCPUs there will be.
+    pub cpus: u32,
+    /// How the engine works inside.
+    pub options: EngineOptions,
+}
+
+/// How an engine works inside: nothing that a guest could tell apart, so no part of a machine's configuration.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct EngineOptions {
+    /// One instruction per block and nothing clever: what optimised runs are compared with.
+    pub reference: bool,
+    /// Count retired instructions by how they were run.
+    pub count: bool,
+}
+
+/// The engine that a choice leads to on this host.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct ChosenEngine {
+    /// Its name.
+    pub name: &'static str,
+    /// Why it and no other, as a clause.
+    pub reason: String,
+}
+
+/// Says which engine a choice leads to on this host.
+///
+/// # Errors
+/// If no engine can run here.
+pub fn choose(choice: EngineChoice) -> Result<ChosenEngine, EngineError> {
+    let missing = missing_of_v2();
+    if !missing.is_empty() {
+        return Err(EngineError::Unsupported {
+            engine: "translate",
+            reason: format!(
+                "its CPU is below x86-64-v2 (it lacks {})",
+                missing.join(", ")
+            ),
+        });
+    }
+    let reason = match choice {
+        EngineChoice::Translate => "it was asked for".to_owned(),
+        EngineChoice::Auto => "it is the only engine of this version".to_owned(),
+    };
+    Ok(ChosenEngine {
+        name: "translate",
+        reason,
+    })
+}
+
+/// What this host's CPU lacks of x86-64-v2, which translated code relies on.
+fn missing_of_v2() -> Vec<&'static str> {
+    [
+        ("cmpxchg16b", is_x86_feature_detected!("cmpxchg16b")),
+        ("popcnt", is_x86_feature_detected!("popcnt")),
+        ("sse3", is_x86_feature_detected!("sse3")),
+        ("ssse3", is_x86_feature_detected!("ssse3")),
+        ("sse4.1", is_x86_feature_detected!("sse4.1")),
+        ("sse4.2", is_x86_feature_detected!("sse4.2")),
+    ]
+    .into_iter()
+    .filter(|(_, there)| !there)
+    .map(|(name, _)| name)
+    .collect()
+}
+
+/// This host's x86-64 level, as compilers name it.
+pub fn host_level() -> &'static str {
+    let v3 = is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("bmi1")
+        && is_x86_feature_detected!("bmi2")
+        && is_x86_feature_detected!("f16c")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("lzcnt")
+        && is_x86_feature_detected!("movbe");
+    let v4 = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512cd")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl");
+    match (missing_of_v2().is_empty(), v3, v4) {
+        (false, ..) => "x86-64",
+        (true, false, _) => "x86-64-v2",
+        (true, true, false) => "x86-64-v3",
+        (true, true, true) => "x86-64-v4",
+    }
+}
+
+/// Makes the engine that a choice leads to.
+///
+/// # Errors
+/// If it cannot run on this host.
+pub fn open(choice: EngineChoice, _parts: EngineParts) -> Result<Arc<AnyEngine>, EngineError> {
+    let chosen = choose(choice)?;
+    Err(EngineError::Unsupported {
+        engine: chosen.name,
+        reason: "it is not part of this build".to_owned(),
+    })
+}

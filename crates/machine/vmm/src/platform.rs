@@ -1,0 +1,165 @@
+//! The devices of the `modern` platform, each put into the chassis by a small function of its own.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use strata_devices::virtio::{Blk, Console, ConsoleSize, Rng, Vsock};
+use strata_devices::{AcpiPm, Cmos, DebugExit, I8042, PvPanic, Serial};
+use strata_disk::{Access, DiskBackend, Overlay};
+
+use crate::chassis::Chassis;
+use crate::config::{ConsoleKind, DiskAccess, DiskConfig, DiskFormat, MachineConfig};
+use crate::console::{ConsoleInput, ConsoleOutput};
+use crate::error::BuildError;
+use crate::machine::HostEnds;
+use crate::{ConsoleRing, RunDir};
+
+/// PCI slots. A guest finds its devices by them: they stay what they are.
+mod slot {
+    /// Entropy.
+    pub(super) const RNG: u8 = 1;
+    /// The paravirtual console.
+    pub(super) const CONSOLE: u8 = 2;
+    /// The socket between host and guest.
+    pub(super) const VSOCK: u8 = 3;
+    /// The first disk; the others follow.
+    pub(super) const DISKS: u8 = 8;
+    /// Slots on a bus.
+    pub(super) const END: u8 = 32;
+}
+
+/// A terminal's size until its owner says another.
+const CONSOLE_SIZE: ConsoleSize = ConsoleSize {
+    columns: 80,
+    rows: 24,
+};
+
+/// Puts in everything that the configuration names; gives the way in to the console.
+pub(crate) fn add_devices(
+    chassis: &mut Chassis,
+    config: &MachineConfig,
+    mut ends: HostEnds,
+    ring: &ConsoleRing,
+) -> Result<ConsoleInput, BuildError> {
+    let mut host = ends.console.take();
+    let mut output = |kind| ConsoleOutput {
+        ring: ring.clone(),
+        host: if kind == config.console {
+            host.take()
+        } else {
+            None
+        },
+    };
+    let serial = add_serial(chassis, output(ConsoleKind::Serial))?;
+    add_clock(chassis)?;
+    add_power(chassis)?;
+    add_panic(chassis)?;
+    if config.debug_exit {
+        add_debug_exit(chassis)?;
+    }
+    chassis.add_virtio(slot::RNG, "rng0", Rng::host())?;
+    let console = match config.console {
+        ConsoleKind::Serial => ConsoleInput::serial(&serial),
+        ConsoleKind::Virtio => add_console(chassis, output(ConsoleKind::Virtio))?,
+    };
+    for (index, disk) in config.disks.iter().enumerate() {
+        add_disk(chassis, index, disk)?;
+    }
+    add_vsock(chassis, config, ends.run_dir.as_deref())?;
+    Ok(console)
+}
+
+fn add_serial(
+    chassis: &mut Chassis,
+    output: ConsoleOutput,
+) -> Result<Arc<Mutex<Serial>>, BuildError> {
+    let line = chassis.line(strata_boot::ports::COM1_GSI as u8);
+    let serial = Arc::new(Mutex::new(Serial::new("serial0", line, Box::new(output))));
+    let base = u64::from(strata_boot::ports::COM1);
+    chassis.add_ports(base, Serial::LEN, &serial)?;
+    Ok(serial)
+}
+
+fn add_clock(chassis: &mut Chassis) -> Result<(), BuildError> {
+    let clock = Arc::clone(&chassis.clock);
+    let now = Arc::new(move || Duration::from_nanos(clock.wall_ns()));
+    let cmos = Arc::new(Mutex::new(Cmos::new(now)));
+    chassis.add_ports(Cmos::BASE, Cmos::LEN, &cmos)
+}
+
+fn add_power(chassis: &mut Chassis) -> Result<(), BuildError> {
+    let (clock, power) = (Arc::clone(&chassis.clock), Arc::clone(&chassis.power));
+    let sci = chassis.line(AcpiPm::SCI_GSI);
+    let pm = AcpiPm::new(Arc::new(move || clock.now_ns()), sci, power.clone());
+    chassis.add_ports(AcpiPm::BASE, AcpiPm::LEN, &Arc::new(Mutex::new(pm)))?;
+    let keyboard = Arc::new(Mutex::new(I8042::new(power)));
+    chassis.add_ports(I8042::BASE, I8042::LEN, &keyboard)
+}
+
+fn add_panic(chassis: &mut Chassis) -> Result<(), BuildError> {
+    let panic = Arc::new(Mutex::new(PvPanic::new(chassis.power.clone())));
+    chassis.add_ports(PvPanic::BASE, PvPanic::LEN, &panic)
+}
+
+fn add_debug_exit(chassis: &mut Chassis) -> Result<(), BuildError> {
+    let exit = Arc::new(Mutex::new(DebugExit::new(chassis.power.clone())));
+    chassis.add_ports(DebugExit::BASE, DebugExit::LEN, &exit)
+}
+
+fn add_console(chassis: &mut Chassis, output: ConsoleOutput) -> Result<ConsoleInput, BuildError> {
+    let (console, input) = Console::new(output, CONSOLE_SIZE);
+    chassis.add_virtio(slot::CONSOLE, "console0", console)?;
+    Ok(ConsoleInput::virtio(input))
+}
+
+fn add_disk(chassis: &mut Chassis, index: usize, disk: &DiskConfig) -> Result<(), BuildError> {
+    let id = format!("disk{index}");
+    let slot = u8::try_from(index)
+        .ok()
+        .and_then(|index| slot::DISKS.checked_add(index))
+        .filter(|slot| *slot < slot::END);
+    let slot = slot.ok_or_else(|| BuildError::TooManyDisks {
+        max: slot::END - slot::DISKS,
+    })?;
+    let backend = open_disk(disk)?;
+    chassis.add_virtio(slot, &id, Blk::new(backend, &id))
+}
+
+fn open_disk(disk: &DiskConfig) -> Result<Arc<dyn DiskBackend>, BuildError> {
+    let access = match disk.access {
+        DiskAccess::ReadWrite => Access::ReadWrite,
+        DiskAccess::ReadOnly | DiskAccess::Temporary => Access::ReadOnly,
+    };
+    let format = match disk.format {
+        DiskFormat::Raw => strata_disk::DiskFormat::Raw,
+    };
+    let backend = strata_disk::open(&disk.path, format, access)?;
+    Ok(match disk.access {
+        DiskAccess::ReadWrite | DiskAccess::ReadOnly => backend,
+        DiskAccess::Temporary => Arc::new(Overlay::new(backend, &std::env::temp_dir())?),
+    })
+}
+
+fn add_vsock(
+    chassis: &mut Chassis,
+    config: &MachineConfig,
+    run_dir: Option<&Path>,
+) -> Result<(), BuildError> {
+    let (Some(vsock), Some(socket)) = (&config.vsock, vsock_socket(config, run_dir)) else {
+        return Ok(());
+    };
+    let device =
+        Vsock::new(u64::from(vsock.cid), &socket).map_err(|source| BuildError::Device {
+            device: "vsock0".to_owned(),
+            source: Box::new(source),
+        })?;
+    chassis.add_virtio(slot::VSOCK, "vsock0", device)
+}
+
+/// Where the Unix socket of the configured vsock is.
+pub(crate) fn vsock_socket(config: &MachineConfig, run_dir: Option<&Path>) -> Option<PathBuf> {
+    let vsock = config.vsock.as_ref()?;
+    let in_run_dir = || run_dir.map(RunDir::vsock_socket);
+    vsock.socket.clone().or_else(in_run_dir)
+}
