@@ -43,7 +43,7 @@ const SEGMENTS_MAX: u32 = 254;
 const REQUEST_BYTES_MAX: u32 = SEGMENT_BYTES_MAX * (SEGMENTS_MAX + 2);
 /// Ranges per discard or write-zeroes command, and sectors per range.
 const RANGES_MAX: u32 = 64;
-const RANGE_SECTORS_MAX: u32 = 1 << 22;
+const RANGE_SECTORS_MAX: u32 = 1 << 18;
 
 /// Data moves between guest and backend in pieces of this many bytes.
 const PIECE_BYTES: usize = 128 << 10;

@@ -192,7 +192,7 @@ impl SharedCore {
     pub fn close(&self) {
         let mut core = self.lock();
         core.closed = true;
-        core.status = 0;
+        core.reset();
         drop(core);
         self.0.resumed.notify_all();
     }

@@ -1,10 +1,11 @@
 //! Tests of the PCI transport through its registers.
 
 use super::*;
-use crate::MsiMessage;
+use crate::pci::{Bdf, PciRoot};
 use crate::virtio::Rng;
+use crate::{Bus, MsiMessage};
 use std::sync::Mutex;
-use strata_memory::{Gpa, SlotKind};
+use strata_memory::{Gpa, Layout, SlotKind};
 
 #[derive(Default)]
 struct Messages(Mutex<Vec<MsiMessage>>);
@@ -168,6 +169,46 @@ fn requests_and_interrupts() {
         guest.messages.0.lock().unwrap().is_empty(),
         "vectors are masked after reset"
     );
+}
+
+#[test]
+fn interrupts_are_messages_on_the_bus() {
+    let Guest {
+        pci,
+        memory,
+        messages,
+    } = guest();
+    let layout = Layout::new(64 << 20, 64 << 20).unwrap();
+    let mmio = Arc::new(Bus::new());
+    let root = PciRoot::new(mmio.clone(), Layout::MMIO32, layout.mmio64());
+    let at = Bdf::new(0, 1, 0);
+    let function = Arc::new(Mutex::new(pci));
+    root.add(at, function.clone()).unwrap();
+    let mut bar = [0; 8];
+    root.config_read(at, 0x10, &mut bar);
+    let bar = u64::from_le_bytes(bar) & !0xf;
+    // Vector 0, of the queue: address, data, unmasked.
+    mmio.write(bar + MSIX, &0xfee0_0000_u64.to_le_bytes());
+    mmio.write(bar + MSIX + 8, &0x41_u64.to_le_bytes());
+    // From here on the function itself is spoken to, which the bus does no differently.
+    let mut guest = Guest {
+        pci: self::guest().pci,
+        memory,
+        messages,
+    };
+    std::mem::swap(&mut guest.pci, &mut function.lock().unwrap());
+    guest.enable_msix();
+    guest.bring_up();
+    assert_eq!(guest.ask(), [9; 4]);
+    let expected = [MsiMessage {
+        address: 0xfee0_0000,
+        data: 0x41,
+    }];
+    assert_eq!(*guest.messages.0.lock().unwrap(), expected);
+    // A bad ring interrupts by the configuration's vector, which is masked.
+    guest.memory.write_u16(Gpa(0x2002), 100).unwrap();
+    guest.write(VirtioPci::doorbell(0), [0, 0]);
+    assert_eq!(guest.messages.0.lock().unwrap().len(), 1);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use super::testutil::{Driver, MEMORY_BYTES, wait_until};
 use super::*;
 use crate::{RestoreError, SavedState};
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -430,37 +431,93 @@ fn unfit_states_are_refused() {
     restore(&|state| state["device"]["name"] = serde_json::json!("lamp")).unwrap_err();
 }
 
-/// Where the tests of hostile rings put things: low memory, so that random values hit it.
-fn hostile(device: impl VirtioDevice + 'static, queue: u16, writes: &[(u16, u16)], notify: u32) {
+/// A descriptor that a hostile driver may write: address, length, flags, next.
+type HostileDescriptor = (u64, u32, u16, u16);
+
+/// What a hostile driver does between two notifications.
+#[derive(Debug, Clone)]
+struct HostileRound {
+    /// Written to the descriptor table and, shifted by one, to where indirect descriptors point.
+    descriptors: Vec<HostileDescriptor>,
+    heads: Vec<u16>,
+    /// Added to the available index.
+    ahead: u16,
+}
+
+/// Where indirect descriptors mostly point.
+const INDIRECT_TABLE: u64 = 0x80000;
+
+fn hostile_descriptor() -> impl Strategy<Value = HostileDescriptor> {
+    let address = prop_oneof![
+        8 => 0x90000..MEMORY_BYTES - 0x10000,
+        4 => Just(INDIRECT_TABLE),
+        // The rings themselves, the end of memory, and anywhere.
+        1 => 0..0x20000_u64,
+        1 => MEMORY_BYTES - 64..MEMORY_BYTES + 64,
+        1 => any::<u64>(),
+    ];
+    let len = prop_oneof![4 => 0..8_u32, 4 => 0..5000_u32, 4 => (0..20_u32).prop_map(|n| n * 16), 1 => any::<u32>()];
+    let flags = prop_oneof![6 => 0..4_u16, 2 => Just(4_u16), 1 => any::<u16>()];
+    let next = prop_oneof![20 => 0..8_u16, 1 => any::<u16>()];
+    (address, len, flags, next)
+}
+
+fn hostile_round() -> impl Strategy<Value = HostileRound> {
+    let descriptors = prop::collection::vec(hostile_descriptor(), 0..8);
+    let heads = prop::collection::vec(prop_oneof![20 => 0..8_u16, 1 => any::<u16>()], 8);
+    let ahead = prop_oneof![20 => 0..4_u16, 1 => any::<u16>()];
+    (descriptors, heads, ahead).prop_map(|(descriptors, heads, ahead)| HostileRound {
+        descriptors,
+        heads,
+        ahead,
+    })
+}
+
+/// Plays the rounds against a device; returns how many chains it completed.
+fn hostile(device: impl VirtioDevice + 'static, queue: u16, rounds: &[HostileRound]) -> u32 {
     let mut driver = Driver::new(device);
     driver.start(0);
     let layout = driver.layout(queue);
-    for chunk in writes.chunks(8) {
-        for (place, value) in chunk {
-            // A third each into descriptors, available ring and the indirect tables they point to.
-            let at = match place % 3 {
-                0 => layout.descriptors + u64::from(place / 3 % 128) * 2,
-                1 => layout.available + u64::from(place / 3 % 24) * 2,
-                _ => 0x800 + u64::from(place / 3 % 1024) * 2,
-            };
-            // Mostly small numbers: flags, indices, and addresses in low memory.
-            let value = if value % 4 == 0 { *value } else { value % 32 };
-            driver.memory.write_u16(Gpa(at), value).unwrap();
+    let mut completed = 0;
+    for round in rounds {
+        for (i, (address, len, flags, next)) in round.descriptors.iter().enumerate() {
+            let i = i as u64;
+            driver.descriptor(layout.descriptors + i * 16, *address, *len, *flags, *next);
+            driver.descriptor(
+                INDIRECT_TABLE + (i + 1) % 8 * 16,
+                *address,
+                *len,
+                *flags,
+                *next,
+            );
         }
-        // What a driver would have to keep right for anything to happen at all.
-        let index = driver.memory.read_u16(Gpa(layout.available + 2)).unwrap();
+        for (i, head) in round.heads.iter().enumerate() {
+            driver
+                .memory
+                .write_u16(Gpa(layout.available + 4 + i as u64 * 2), *head)
+                .unwrap();
+        }
+        let available = Gpa(layout.available + 2);
+        let index = driver.memory.read_u16(available).unwrap();
         driver
             .memory
-            .write_u16(Gpa(layout.available + 2), index % 8)
+            .write_u16(available, index.wrapping_add(round.ahead))
             .unwrap();
-        for _ in 0..notify {
-            driver.notify(queue);
-        }
+        let before = driver.memory.read_u16(Gpa(layout.used + 2)).unwrap();
+        driver.notify(queue);
+        driver.notify(queue);
+        let after = driver.memory.read_u16(Gpa(layout.used + 2)).unwrap();
+        completed += u32::from(after.wrapping_sub(before).min(layout.size));
         if driver.core().status() & STATUS_NEEDS_RESET != 0 {
             driver.reset();
             driver.start(0);
         }
     }
+    driver.reset();
+    driver.start(0);
+    driver.core().notify(queue);
+    assert!(driver.core().fault().is_none());
+    completed
 }
 
 #[derive(Debug)]
@@ -497,22 +554,59 @@ proptest! {
     /// Whatever is in the rings: no panic, an end within bounds, and a working device after a reset.
     #[test]
     fn hostile_rings_are_survived(
-        writes in prop::collection::vec(any::<(u16, u16)>(), 1..200),
-        device in 0..4,
+        rounds in prop::collection::vec(hostile_round(), 1..30),
+        device in 0..5_u32,
         queue in 0..2_u16,
     ) {
         let begun = Instant::now();
-        match device {
-            0 => hostile(Echo::default(), queue, &writes, 2),
-            1 => hostile(Rng::with_source(std::io::repeat(1)), 0, &writes, 2),
-            2 => hostile(Blk::new(Arc::new(NoDisk), ""), 0, &writes, 2),
-            _ => {
-                let size = ConsoleSize { columns: 80, rows: 25 };
-                let (console, input) = Console::new(std::io::sink(), size);
-                input.push(&[1; 5000]);
-                hostile(console, queue, &writes, 2);
-            }
-        }
+        hostile_run(device, queue, &rounds);
         prop_assert!(begun.elapsed() < Duration::from_secs(5));
+    }
+}
+
+fn hostile_run(device: u32, queue: u16, rounds: &[HostileRound]) -> u32 {
+    match device {
+        0 => hostile(Echo::default(), queue, rounds),
+        1 => hostile(Rng::with_source(std::io::repeat(1)), 0, rounds),
+        2 => hostile(Blk::new(Arc::new(NoDisk), ""), 0, rounds),
+        3 => {
+            let size = ConsoleSize {
+                columns: 80,
+                rows: 25,
+            };
+            let (console, input) = Console::new(std::io::sink(), size);
+            input.push(&[1; 5000]);
+            hostile(console, queue, rounds)
+        }
+        _ => {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("v");
+            let device = Vsock::new(3, &path).unwrap();
+            let mut socket = std::os::unix::net::UnixStream::connect(path).unwrap();
+            std::io::Write::write_all(&mut socket, b"CONNECT 1\n").unwrap();
+            hostile(device, queue, rounds)
+        }
+    }
+}
+
+/// The generator of hostile rings is worth nothing if the devices refuse all it makes at sight.
+#[test]
+fn hostile_rings_reach_the_devices() {
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let strategy = prop::collection::vec(hostile_round(), 30);
+    for device in 0..4 {
+        let completed: u32 = (0..10)
+            .map(|_| {
+                hostile_run(
+                    device,
+                    0,
+                    &strategy.new_tree(&mut runner).unwrap().current(),
+                )
+            })
+            .sum();
+        assert!(
+            completed > 20,
+            "device {device} completed {completed} chains"
+        );
     }
 }

@@ -273,7 +273,8 @@ impl Connection {
     /// What follows from bytes having been passed on, or from there being none to pass on.
     fn after_write(&mut self) {
         // The guest must hear of room once it believes that half of the buffer is full.
-        let outstanding = self.forwarded.wrapping_sub(self.announced) + self.to_host.len() as u32;
+        let taken = self.forwarded.wrapping_sub(self.announced);
+        let outstanding = taken.saturating_add(self.to_host.len() as u32);
         if outstanding > BUFFER_BYTES / 2 && self.forwarded != self.announced {
             self.owed.credit_update = true;
         }
