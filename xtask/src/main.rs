@@ -3,6 +3,7 @@
 mod bench;
 mod campaign;
 mod demo;
+mod figures;
 mod guest;
 mod phases;
 mod setup;
@@ -32,6 +33,8 @@ enum Command {
     Bench(bench::BenchArguments),
     /// Run a long comparison with fresh seeds and note it in the ledger.
     Campaign(campaign::CampaignArguments),
+    /// Measure sizes, times and memory of `strata` itself.
+    Figures(figures::FiguresArguments),
     /// Check the rules of the house; with `--fix`, write what can be generated.
     Tidy(tidy::TidyArguments),
 }
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Campaign(arguments) => campaign::run(&arguments),
+        Command::Figures(arguments) => figures::run(&arguments),
         Command::Tidy(arguments) => tidy::run(&arguments),
     };
     match result {

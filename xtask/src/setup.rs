@@ -161,7 +161,8 @@ pub fn ensure_runner() -> Runner {
             ])
             .args(["--version", NEXTEST_VERSION, "cargo-nextest", "--root"])
             .arg(&tools)
-            .env("CARGO_TARGET_DIR", tools.join("build")),
+            .env("CARGO_TARGET_DIR", tools.join("build"))
+            .env("CARGO_PROFILE_DEV_DEBUG", "0"),
     );
     match built {
         Ok(()) => Runner::Nextest(Some(bin)),

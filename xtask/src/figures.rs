@@ -1,0 +1,174 @@
+//! `cargo xtask figures`: the figures of SPECIFICATION.md that are no comparison: sizes, times and memory of `strata` itself.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use serde_json::Value;
+
+use crate::{guest, shell};
+
+/// Options of `cargo xtask figures`.
+#[derive(Args)]
+pub struct FiguresArguments {
+    /// How often the times are measured; the median counts.
+    #[arg(long, default_value_t = 5)]
+    turns: usize,
+}
+
+/// How the mapping of guest memory is named in `/proc/PID/smaps`.
+const GUEST_MEMORY: &str = "memfd:strata-";
+
+/// Measures and prints one line per figure.
+pub fn run(arguments: &FiguresArguments) -> Result<ExitCode> {
+    let strata = guest::build_strata(true)?;
+    guest::build_tiny(&strata)?;
+    let size = fs::metadata(&strata)
+        .with_context(|| format!("cannot look at {}", strata.display()))?
+        .len();
+    println!("size of the binary: {}", mebibytes(size));
+    println!(
+        "memory beyond the guest's RAM, after boot: {}",
+        mebibytes(memory(&strata)?)
+    );
+
+    let mut first_instruction = Vec::new();
+    let mut translation = Vec::new();
+    for _ in 0..arguments.turns.max(1) {
+        let report = timed_run(&strata)?;
+        first_instruction.extend(find_number(&report, "first-instruction-ns"));
+        let spent = find_number(&report, "translation-ns");
+        let instructions =
+            find_number(&report, "instructions-translated").filter(|count| *count > 0.0);
+        translation.extend(
+            spent
+                .zip(instructions)
+                .map(|(spent, instructions)| spent / instructions),
+        );
+    }
+    match median(first_instruction) {
+        Some(time) => println!(
+            "from exec to the first guest instruction: {:.1} ms",
+            time / 1e6
+        ),
+        None => println!("from exec to the first guest instruction: not told by this strata"),
+    }
+    match median(translation) {
+        Some(time) => println!("translation of one guest instruction: {time:.0} ns"),
+        None => println!("translation of one guest instruction: not told by this strata"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+/// Runs one command and reads the JSON lines that `--timings` and `--print-stats` leave on standard error.
+fn timed_run(strata: &Path) -> Result<Value> {
+    let mut command = shell::command(strata);
+    command
+        .args(["run", "tiny", "--timings", "--print-stats", "--", "true"])
+        .stdin(Stdio::null());
+    let output = command
+        .output()
+        .with_context(|| format!("cannot start `{}`", shell::line(&command)))?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        bail!("`{}` failed: {}", shell::line(&command), errors.trim());
+    }
+    Ok(errors
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .collect())
+}
+
+/// The first number under this key, however deep.
+fn find_number(value: &Value, key: &str) -> Option<f64> {
+    match value {
+        Value::Object(fields) => {
+            let own = fields.get(key).and_then(Value::as_f64);
+            own.or_else(|| fields.values().find_map(|field| find_number(field, key)))
+        }
+        Value::Array(items) => items.iter().find_map(|item| find_number(item, key)),
+        _ => None,
+    }
+}
+
+/// What the process of a booted machine holds besides the guest's memory, in bytes.
+fn memory(strata: &Path) -> Result<u64> {
+    let mut command: Command = shell::command(strata);
+    command
+        .args(["run", "tiny", "--", "sh", "-c", "echo ready; cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("cannot start `{}`", shell::line(&command)))?;
+    let mut line = String::new();
+    let output = child.stdout.take().context("its output is ours")?;
+    BufReader::new(output)
+        .read_line(&mut line)
+        .context("cannot read its output")?;
+    let smaps =
+        fs::read_to_string(format!("/proc/{}/smaps", child.id())).context("cannot see its memory");
+    // The end of its input ends the command, and with it the machine.
+    drop(child.stdin.take());
+    child.wait().context("cannot wait for it")?;
+    if line.trim_end() != "ready" {
+        bail!("`{}` did not boot", shell::line(&command));
+    }
+    Ok(resident_beyond_guest(&smaps?))
+}
+
+/// Sums the proportional sizes of all mappings but the guest's memory.
+fn resident_beyond_guest(smaps: &str) -> u64 {
+    let mut guest = false;
+    let mut kib = 0;
+    for line in smaps.lines() {
+        if let Some(size) = line.strip_prefix("Pss:") {
+            let size: u64 = size
+                .trim()
+                .trim_end_matches(" kB")
+                .parse()
+                .unwrap_or_default();
+            kib += if guest { 0 } else { size };
+        } else if line
+            .split_whitespace()
+            .next()
+            .is_some_and(|word| word.contains('-') && !word.ends_with(':'))
+        {
+            guest = line.contains(GUEST_MEMORY);
+        }
+    }
+    kib << 10
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_the_guest_is_left_out() {
+        let smaps = "7f00-7f10 rw-p 0 00:00 0 [heap]\nSize: 8 kB\nPss:    4 kB\nPss_Dirty: 9 kB\nVmFlags: rd\n\
+            7f20-7f30 rw-s 0 00:01 5 /memfd:strata-ram (deleted)\nPss: 1000 kB\n7f40-7f50 r-xp 0 08:01 9 /bin/strata\nPss: 2 kB\n";
+        assert_eq!(resident_beyond_guest(smaps), 6 << 10);
+    }
+
+    #[test]
+    fn numbers_are_found_at_any_depth() {
+        let value: Value =
+            serde_json::from_str(r#"[{"a": 1}, {"vcpus": [{"translation-ns": 7.5}]}]"#).unwrap();
+        assert_eq!(find_number(&value, "translation-ns"), Some(7.5));
+        assert_eq!(find_number(&value, "b"), None);
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
+    }
+}
