@@ -39,7 +39,7 @@ pub fn run(arguments: &FiguresArguments) -> Result<ExitCode> {
     let mut translation = Vec::new();
     for _ in 0..arguments.turns.max(1) {
         let report = timed_run(&strata)?;
-        first_instruction.extend(find_number(&report, "first-instruction-ns"));
+        first_instruction.extend(find_number(&report, "first_instruction_ms"));
         let spent = find_number(&report, "translation-ns");
         let instructions =
             find_number(&report, "instructions-translated").filter(|count| *count > 0.0);
@@ -50,10 +50,7 @@ pub fn run(arguments: &FiguresArguments) -> Result<ExitCode> {
         );
     }
     match median(first_instruction) {
-        Some(time) => println!(
-            "from exec to the first guest instruction: {:.1} ms",
-            time / 1e6
-        ),
+        Some(time) => println!("from exec to the first guest instruction: {time:.1} ms"),
         None => println!("from exec to the first guest instruction: not told by this strata"),
     }
     match median(translation) {
