@@ -237,6 +237,11 @@ impl VirtioDevice for Console {
 
     fn reset(&mut self) {}
 
+    fn close(&mut self) {
+        self.input.lock().closed = true;
+        self.input.taken.notify_all();
+    }
+
     fn save(&self) -> SavedState {
         let input = self.input.lock().bytes.iter().copied().collect();
         SavedState::new(
@@ -266,8 +271,7 @@ impl VirtioDevice for Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
-        self.input.lock().closed = true;
-        self.input.taken.notify_all();
+        self.close();
     }
 }
 
@@ -352,8 +356,9 @@ mod tests {
             move || input.push_all(b"more")
         });
         std::thread::sleep(Duration::from_millis(20));
-        drop(driver);
+        driver.shared().close();
         assert!(!pusher.join().unwrap());
+        drop(driver);
         assert_eq!(input.push(b"x"), 0);
     }
 

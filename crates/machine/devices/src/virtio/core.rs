@@ -193,6 +193,7 @@ impl SharedCore {
         let mut core = self.lock();
         core.closed = true;
         core.reset();
+        core.device.close();
         drop(core);
         self.0.resumed.notify_all();
     }

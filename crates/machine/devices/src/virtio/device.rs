@@ -38,7 +38,7 @@ pub enum DeviceKind {
 ///
 /// Order of calls: `attach` once; then any number of rounds of `activate`, then `notified` and
 /// `host_event` in any order, then `reset`. `restore` may stand for `activate`, if the device was
-/// saved between `activate` and `reset`.
+/// saved between `activate` and `reset`. `close` may come at any time after `attach`.
 pub trait VirtioDevice: Send {
     /// What kind of device this is.
     fn kind(&self) -> DeviceKind;
@@ -74,6 +74,9 @@ pub trait VirtioDevice: Send {
 
     /// Back to how it was before `activate`. Input from the host that the guest has not taken stays.
     fn reset(&mut self);
+
+    /// The machine ends: whoever on the host waits for the guest is to give up. Nothing follows.
+    fn close(&mut self) {}
 
     /// The state that is the device's own: named and versioned.
     fn save(&self) -> SavedState;

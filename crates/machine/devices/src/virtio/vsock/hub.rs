@@ -3,7 +3,7 @@
 //! Sockets are watched edge-triggered: each event is noted in its stream, which then goes on until
 //! it would block, so nothing has to be armed again and nothing spins while the guest is slow.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -19,8 +19,6 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use super::connection::{BUFFER_BYTES, Connection, Ports};
 use super::packet::{HOST_CID, Header, TYPE_STREAM, op};
 
-/// Streams at a time, those that are being set up included.
-pub const STREAMS_MAX: usize = 1024;
 /// Resets owed to the guest for packets of no connection. While there are as many, no packets are
 /// taken from the guest: it must first take some.
 const RESETS_MAX: usize = 256;
@@ -48,10 +46,13 @@ enum Stream {
 /// All streams of a device.
 pub struct Hub {
     guest_cid: u64,
+    /// Streams at a time, those that are being set up included.
+    streams_max: usize,
     path: PathBuf,
     listener: UnixListener,
     epoll: OwnedFd,
-    streams: HashMap<Token, Stream>,
+    /// By age, so that which of them gives way is the same in every run.
+    streams: BTreeMap<Token, Stream>,
     by_ports: HashMap<Ports, Token>,
     /// Connections with something for the guest, in the order of their turns.
     ready: VecDeque<Token>,
@@ -62,7 +63,7 @@ pub struct Hub {
 
 impl Hub {
     /// Listens at `path`, which must not exist.
-    pub fn new(path: &Path, guest_cid: u64) -> io::Result<Hub> {
+    pub fn new(path: &Path, guest_cid: u64, streams_max: usize) -> io::Result<Hub> {
         let listener = UnixListener::bind(path)?;
         listener.set_nonblocking(true)?;
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
@@ -70,10 +71,11 @@ impl Hub {
         epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), flags)?;
         Ok(Hub {
             guest_cid,
+            streams_max,
             path: path.to_owned(),
             listener,
             epoll,
-            streams: HashMap::new(),
+            streams: BTreeMap::new(),
             by_ports: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
@@ -133,7 +135,7 @@ impl Hub {
     /// Whether there may be one more stream. Connections that only wait for the guest's farewell
     /// give way.
     fn has_room(&mut self) -> bool {
-        if self.streams.len() < STREAMS_MAX {
+        if self.streams.len() < self.streams_max {
             return true;
         }
         let abandoned = self

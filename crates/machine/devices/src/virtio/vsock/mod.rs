@@ -41,6 +41,9 @@ const FROM_GUEST: u16 = 1;
 const EVENT: u16 = 2;
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
+/// Connections at a time. Each costs a descriptor, of which a process has 1024 by default.
+const STREAMS_MAX: usize = 512;
+
 /// Bytes of data in a packet at most.
 const PACKET_BYTES_MAX: usize = 64 << 10;
 
@@ -86,6 +89,10 @@ impl Vsock {
     /// A device for the guest at address `guest_cid`, listening at `path`, which must not exist and
     /// is removed when the device is dropped.
     pub fn new(guest_cid: u64, path: &Path) -> Result<Vsock, VsockError> {
+        Vsock::with_limit(guest_cid, path, STREAMS_MAX)
+    }
+
+    fn with_limit(guest_cid: u64, path: &Path, streams_max: usize) -> Result<Vsock, VsockError> {
         if !(GUEST_CID_FIRST..u64::from(u32::MAX)).contains(&guest_cid) {
             return Err(VsockError::GuestCid(guest_cid));
         }
@@ -93,7 +100,7 @@ impl Vsock {
             path: path.to_owned(),
             source,
         };
-        let hub = Hub::new(path, guest_cid).map_err(listen)?;
+        let hub = Hub::new(path, guest_cid, streams_max).map_err(listen)?;
         let ready = Some(hub.ready_fd().map_err(VsockError::Watch)?);
         let buffer = vec![0; PACKET_BYTES_MAX];
         Ok(Vsock {

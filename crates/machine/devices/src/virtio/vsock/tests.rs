@@ -9,13 +9,13 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::connection::BUFFER_BYTES;
-use super::hub::STREAMS_MAX;
 use super::packet::{HOST_CID, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM, op};
 use super::*;
 use crate::virtio::testutil::{Driver, Token, wait_until};
 
 const CID: u64 = 3;
 const ROOM: u32 = 64 << 10;
+const LIMIT: usize = 100;
 
 /// A guest's socket layer, with one receive buffer outstanding at a time.
 struct Guest {
@@ -28,7 +28,8 @@ struct Guest {
 
 fn guest() -> Guest {
     let dir = tempfile::tempdir().unwrap();
-    let mut driver = Driver::new(Vsock::new(CID, &dir.path().join("v")).unwrap());
+    let device = Vsock::with_limit(CID, &dir.path().join("v"), LIMIT).unwrap();
+    let mut driver = Driver::new(device);
     driver.start(0);
     Guest {
         driver,
@@ -616,7 +617,7 @@ fn much_flows_both_ways_at_once() {
 
 #[test]
 fn many_connections_at_once() {
-    const COUNT: u32 = 200;
+    const COUNT: u32 = LIMIT as u32;
     let mut guest = guest();
     let mut sockets = Vec::new();
     for port in 0..COUNT {
@@ -645,7 +646,7 @@ fn streams_are_limited_in_number() {
     let listener = guest.listen(5);
     let mut sockets = Vec::new();
     let mut refused = 0;
-    for port in 0..STREAMS_MAX as u32 + 3 {
+    for port in 0..LIMIT as u32 + 3 {
         guest.send(
             Header {
                 op: op::REQUEST,
@@ -659,7 +660,7 @@ fn streams_are_limited_in_number() {
             other => panic!("unexpected packet {other}"),
         }
     }
-    assert_eq!((sockets.len(), refused), (STREAMS_MAX, 3));
+    assert_eq!((sockets.len(), refused), (LIMIT, 3));
     // A connection whose host is gone gives way.
     sockets.pop();
     guest.expect(op::SHUTDOWN);
