@@ -18,6 +18,16 @@ const SOURCES: [&str; 4] = [
     "crates/machine/agent/Cargo.toml",
 ];
 
+/// How the outer cargo reaches its registry and toolchain.
+const KEPT: [&str; 6] = [
+    "CARGO_HOME",
+    "CARGO_HTTP_",
+    "CARGO_NET_",
+    "CARGO_REGISTR",
+    "CARGO_SOURCE_",
+    "RUSTUP_",
+];
+
 fn main() {
     let here = PathBuf::from(variable("CARGO_MANIFEST_DIR"));
     let workspace = here
@@ -33,6 +43,15 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     let init = build_init(workspace, &PathBuf::from(variable("OUT_DIR")));
     println!("cargo::rustc-env=STRATA_INIT={}", init.display());
+    println!("cargo::rustc-env=STRATA_INIT_HASH={:016x}", hash(&init));
+}
+
+/// FNV-1a of a file: here and not at run time, where it would be part of every start. Nobody gains from a collision.
+fn hash(path: &Path) -> u64 {
+    let contents = std::fs::read(path).expect("cargo has built the init");
+    contents.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 fn build_init(workspace: &Path, out: &Path) -> PathBuf {
@@ -51,15 +70,10 @@ fn build_init(workspace: &Path, out: &Path) -> PathBuf {
     // The outer cargo's settings are for the host's program: wrappers such as clippy's, coverage flags, profiles.
     for (name, _) in env::vars_os() {
         let name = name.to_string_lossy().into_owned();
-        let kept = matches!(
-            &*name,
-            "CARGO_HOME" | "CARGO_NET_OFFLINE" | "RUSTUP_HOME" | "RUSTUP_TOOLCHAIN"
-        );
-        let proxy = name.starts_with("CARGO_HTTP_") || name.starts_with("CARGO_REGISTRIES_");
-        if !kept
-            && !proxy
-            && (name.starts_with("CARGO") || name.starts_with("RUST") || name.starts_with("CLIPPY"))
-        {
+        let foreign = ["CARGO", "RUST", "CLIPPY"]
+            .iter()
+            .any(|prefix| name.starts_with(prefix));
+        if foreign && !KEPT.iter().any(|prefix| name.starts_with(prefix)) {
             cargo.env_remove(name);
         }
     }

@@ -110,7 +110,7 @@ pub enum ImageError {
         detail: String,
     },
     /// A file operation failed.
-    #[error("{}: {source}", path.display())]
+    #[error("cannot use {}", path.display())]
     Io {
         /// The file or directory.
         path: PathBuf,

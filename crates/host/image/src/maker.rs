@@ -17,6 +17,9 @@ use crate::tar;
 /// The guest's first process, built along with this crate.
 const INIT: &[u8] = include_bytes!(env!("STRATA_INIT"));
 
+/// Raised when this code makes another image of the same recipe.
+const VERSION: u32 = 1;
+
 /// Where the init looks for the drivers to load. The form is described in its module `modules`.
 const MODULES_LIST: &str = "etc/strata/modules";
 
@@ -32,13 +35,16 @@ pub struct Made {
     pub packages: Vec<String>,
 }
 
-/// A number that changes when the image would: the recipe's version, mixed with the init's contents.
-pub fn version(recipe: &Recipe) -> u32 {
+/// A text that changes when the image would: with the recipe, the init, or the [`VERSION`] of this code.
+pub fn fingerprint(recipe: &Recipe) -> String {
     // FNV-1a. Nobody gains from a collision.
-    let hash = INIT.iter().fold(0x811c_9dc5_u32, |hash, &byte| {
-        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
-    });
-    hash.wrapping_add(recipe.version)
+    let hash = recipe
+        .text
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    format!("{VERSION}-{hash:016x}-{}", env!("STRATA_INIT_HASH"))
 }
 
 /// Fetches the packages and makes the image.

@@ -13,8 +13,9 @@ const RECIPES: [(&str, &str); 1] = [("tiny", include_str!("../../../../images/ti
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// Raised with every change that makes a different image.
-    pub version: u32,
+    /// The text it was read from.
+    #[serde(skip)]
+    pub text: &'static str,
     /// What the image is, in a line.
     pub about: String,
     /// The Debian release, by code name.
@@ -51,10 +52,12 @@ impl Recipe {
             .iter()
             .find(|(known, _)| *known == name)
             .ok_or_else(unknown)?;
-        serde_json::from_str(text).map_err(|source| ImageError::BadManifest {
-            name: name.to_owned(),
-            source,
-        })
+        let recipe: Recipe =
+            serde_json::from_str(text).map_err(|source| ImageError::BadManifest {
+                name: name.to_owned(),
+                source,
+            })?;
+        Ok(Recipe { text, ..recipe })
     }
 
     /// The names of all recipes.
@@ -71,7 +74,7 @@ mod tests {
     fn all_recipes_parse() {
         for name in Recipe::names() {
             let recipe = Recipe::get(name).unwrap();
-            assert!(recipe.version > 0 && !recipe.drivers.is_empty());
+            assert!(!recipe.drivers.is_empty());
             for mode in recipe.directories.values() {
                 u32::from_str_radix(mode, 8).unwrap();
             }

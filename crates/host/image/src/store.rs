@@ -45,8 +45,8 @@ pub struct Manifest {
     pub version: u32,
     /// The name it is run by.
     pub name: String,
-    /// Version of the recipe it was made with.
-    pub recipe_version: u32,
+    /// What it was made with: differs when a build now would differ.
+    pub fingerprint: String,
     /// What the recipe says of it.
     pub about: String,
     /// When it was built, in seconds since 1970.
@@ -83,7 +83,7 @@ impl Image {
     /// Whether this version of Strata would build the same: false after its recipe or init has changed.
     pub fn is_current(&self) -> bool {
         Recipe::get(&self.manifest.name)
-            .is_ok_and(|recipe| maker::version(&recipe) == self.manifest.recipe_version)
+            .is_ok_and(|recipe| maker::fingerprint(&recipe) == self.manifest.fingerprint)
     }
 }
 
@@ -207,7 +207,7 @@ impl Store {
         let manifest = Manifest {
             version: MANIFEST_VERSION,
             name: name.to_owned(),
-            recipe_version: maker::version(recipe),
+            fingerprint: maker::fingerprint(recipe),
             about: recipe.about.clone(),
             created_unix_s: std::time::UNIX_EPOCH
                 .elapsed()
