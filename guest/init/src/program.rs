@@ -235,12 +235,12 @@ mod tests {
 
     #[test]
     fn users() {
-        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nbob:x:1000:100::/home/bob:/bin/sh\n";
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nbob:x:1000:100::/srv/bob:/bin/sh\n";
         let bob = User {
             name: "bob".into(),
             uid: 1000,
             gid: 100,
-            home: "/home/bob".into(),
+            home: "/srv/bob".into(),
         };
         assert_eq!(
             User::find("root", passwd),
