@@ -21,6 +21,9 @@ const STAMP: &str = "lists-fetched";
 #[derive(Debug)]
 pub struct Apt {
     root: PathBuf,
+    /// The lock under which the root is used. apt's programs hold it, too, as their standard input: one that outlives
+    /// a killed build keeps the next build waiting instead of getting in its way.
+    lock: File,
 }
 
 /// A package in the root's cache, verified by apt.
@@ -34,15 +37,15 @@ pub struct Package {
 
 impl Apt {
     /// Makes the root at `root` ready for a Debian release. Nothing is fetched yet.
-    pub fn prepare(root: &Path, release: &str) -> Result<Apt, ImageError> {
+    pub fn prepare(root: &Path, release: &str, lock: File) -> Result<Apt, ImageError> {
         let sources: String = sources::derive(release, &host_sources())
             .iter()
             .map(|source| format!("{source}\n"))
             .collect();
-        Apt::with_sources(root, &sources)
+        Apt::with_sources(root, &sources, lock)
     }
 
-    fn with_sources(root: &Path, sources: &str) -> Result<Apt, ImageError> {
+    fn with_sources(root: &Path, sources: &str, lock: File) -> Result<Apt, ImageError> {
         for (program, package) in [
             ("apt-get", "apt"),
             ("apt-cache", "apt"),
@@ -61,6 +64,7 @@ impl Apt {
         }
         let apt = Apt {
             root: root.to_owned(),
+            lock,
         };
         if fs::read_to_string(root.join("sources.list"))
             .ok()
@@ -209,7 +213,7 @@ impl Apt {
             .env("LC_ALL", "C.UTF-8")
             .env_remove("APT_CONFIG");
         command
-            .stdin(Stdio::null())
+            .stdin(self.lock.try_clone().map_err(ImageError::io(&self.root))?)
             .stdout(Stdio::piped())
             .stderr(errors);
         let mut child = command.spawn().map_err(ImageError::io(program))?;
@@ -411,6 +415,10 @@ mod tests {
         assert_eq!(download_percent("Get:1 http://deb.debian.org"), None);
     }
 
+    fn no_lock() -> File {
+        File::open("/dev/null").unwrap()
+    }
+
     /// A repository on disk with one package.
     fn repository(directory: &Path) -> String {
         let release = "Origin: Debian\nSuite: bookworm\nCodename: bookworm\nSHA256:\n";
@@ -427,7 +435,7 @@ mod tests {
     fn an_archive_without_a_signature_is_not_used() {
         let directory = tempfile::tempdir().unwrap();
         let sources = repository(directory.path());
-        let apt = Apt::with_sources(&directory.path().join("root"), &sources).unwrap();
+        let apt = Apt::with_sources(&directory.path().join("root"), &sources, no_lock()).unwrap();
         let error = apt
             .fetch("linux-image-cloud-amd64", &[], &crate::progress::Quiet)
             .unwrap_err();
@@ -440,7 +448,7 @@ mod tests {
         let sources = repository(directory.path());
         let signed = "-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA512\n\nOrigin: Debian\n-----BEGIN PGP SIGNATURE-----\n\nAAAA\n=AAAA\n-----END PGP SIGNATURE-----\n";
         fs::write(directory.path().join("InRelease"), signed).unwrap();
-        let apt = Apt::with_sources(&directory.path().join("root"), &sources).unwrap();
+        let apt = Apt::with_sources(&directory.path().join("root"), &sources, no_lock()).unwrap();
         let error = apt
             .fetch("linux-image-cloud-amd64", &[], &crate::progress::Quiet)
             .unwrap_err();
@@ -454,7 +462,7 @@ mod tests {
             "deb [signed-by={}] http://127.0.0.1:9/debian bookworm main\n",
             sources::KEYRING
         );
-        let apt = Apt::with_sources(directory.path(), &sources).unwrap();
+        let apt = Apt::with_sources(directory.path(), &sources, no_lock()).unwrap();
         let error = apt
             .fetch("linux-image-cloud-amd64", &[], &crate::progress::Quiet)
             .unwrap_err();

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::apt::{Apt, Package};
@@ -48,8 +47,7 @@ pub fn fingerprint(recipe: &Recipe) -> String {
 }
 
 /// Fetches the packages and makes the image.
-pub fn make(recipe: &Recipe, apt_root: &Path, progress: &dyn Progress) -> Result<Made, ImageError> {
-    let apt = Apt::prepare(apt_root, &recipe.release)?;
+pub fn make(recipe: &Recipe, apt: &Apt, progress: &dyn Progress) -> Result<Made, ImageError> {
     let names: Vec<&str> = recipe.copy.keys().map(String::as_str).collect();
     let packages = apt.fetch(&recipe.kernel, &names, progress)?;
     let (kernel_package, others) = packages

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::apt::Apt;
 use crate::error::ImageError;
 use crate::maker::{self, Made};
 use crate::progress::{Phase, Progress};
@@ -185,10 +186,27 @@ impl Store {
     ///
     /// Waits while another process builds. Takes the network only if the packages are not in the cache already.
     pub fn build(&self, name: &str, progress: &dyn Progress) -> Result<Image, ImageError> {
+        self.build_unless(name, progress, || None)
+    }
+
+    /// Builds an image unless there is one after all once the lock is held.
+    fn build_unless(
+        &self,
+        name: &str,
+        progress: &dyn Progress,
+        found: impl Fn() -> Option<Image>,
+    ) -> Result<Image, ImageError> {
         let path = self.manifest_path(name)?;
         let recipe = Recipe::get(name)?;
-        let _lock = self.lock(progress)?;
-        let apt = self.directory("apt")?.join(&recipe.release);
+        let lock = self.lock(progress)?;
+        if let Some(image) = found() {
+            return Ok(image);
+        }
+        let apt = Apt::prepare(
+            &self.directory("apt")?.join(&recipe.release),
+            &recipe.release,
+            lock,
+        )?;
         let made = maker::make(&recipe, &apt, progress)?;
         progress.phase(Phase::Write);
         self.install(name, &path, &recipe, made)
@@ -232,14 +250,18 @@ impl Store {
 
     /// The image, built first if it is missing, damaged, or of an earlier recipe.
     pub fn get_or_build(&self, name: &str, progress: &dyn Progress) -> Result<Image, ImageError> {
-        match self.get(name) {
-            Ok(image) if image.is_current() => Ok(image),
-            Ok(_)
+        let usable = || {
+            self.get(name)
+                .map(|image| image.is_current().then_some(image))
+        };
+        match usable() {
+            Ok(Some(image)) => Ok(image),
+            Ok(None)
             | Err(
                 ImageError::NotFound(_)
                 | ImageError::Damaged { .. }
                 | ImageError::BadManifest { .. },
-            ) => self.build(name, progress),
+            ) => self.build_unless(name, progress, || usable().ok().flatten()),
             Err(error) => Err(error),
         }
     }
