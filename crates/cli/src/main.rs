@@ -1,3 +1,48 @@
 //! The strata program: arguments, output, the host's terminal.
+//!
+//! A run of `main` is: parse, do one command, print at most one sentence of error, end with its status.
 
-fn main() {}
+mod args;
+mod completions;
+mod exit;
+mod image;
+mod info;
+mod output;
+mod run;
+mod stats;
+
+use std::time::Instant;
+
+use args::{Command, Parsed};
+use exit::Failure;
+
+fn main() {
+    let started = Instant::now();
+    let status = match dispatch(started) {
+        Ok(status) => status,
+        Err(failure) => {
+            run::terminal::restore();
+            // Nobody hears us if standard error is closed.
+            let _ = output::error_line(&failure.to_string());
+            failure.code as u8
+        }
+    };
+    run::terminal::restore();
+    // Threads of a machine that has ended may still be there; nothing of theirs is waited for.
+    std::process::exit(i32::from(status));
+}
+
+/// Does what the command line says; gives the exit status.
+fn dispatch(started: Instant) -> Result<u8, Failure> {
+    let command = match args::parse(std::env::args_os())? {
+        Parsed::Command(command) => command,
+        Parsed::Text(text) => return output::print(&text).map(|()| 0),
+    };
+    match command {
+        Command::Run(args) => run::run(*args, started),
+        Command::Image(command) => image::run(&command).map(|()| 0),
+        Command::Info(args) => info::run(&args).map(|()| 0),
+        Command::Stats(args) => stats::run(&args).map(|()| 0),
+        Command::Completions { shell } => completions::run(shell).map(|()| 0),
+    }
+}

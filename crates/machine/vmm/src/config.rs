@@ -136,6 +136,12 @@ impl MachineConfig {
             debug_exit: false,
         }
     }
+
+    /// Whether the guest can change a file of the host, so that it should be told before it ends.
+    pub fn has_writable_disk(&self) -> bool {
+        let writable = |disk: &DiskConfig| disk.access == DiskAccess::ReadWrite;
+        self.disks.iter().any(writable)
+    }
 }
 
 /// The set of fixed devices around CPUs, memory and PCI.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use strata_engine::x86::{CpuModel, X86};
 use strata_engine::{Engine, EngineError, MachineClock};
+use strata_engine_dbt::{Translator, TranslatorConfig};
 use strata_memory::GuestMemory;
 
 use crate::config::EngineChoice;
@@ -111,10 +112,15 @@ pub fn host_level() -> &'static str {
 ///
 /// # Errors
 /// If it cannot run on this host.
-pub fn open(choice: EngineChoice, _parts: EngineParts) -> Result<Arc<AnyEngine>, EngineError> {
-    let chosen = choose(choice)?;
-    Err(EngineError::Unsupported {
-        engine: chosen.name,
-        reason: "it is not part of this build".to_owned(),
-    })
+pub fn open(choice: EngineChoice, parts: EngineParts) -> Result<Arc<AnyEngine>, EngineError> {
+    choose(choice)?;
+    let translator = Translator::new(TranslatorConfig {
+        memory: parts.memory,
+        clock: parts.clock,
+        model: parts.model,
+        vcpus: parts.cpus,
+        reference: parts.options.reference,
+        count: parts.options.count,
+    })?;
+    Ok(Arc::new(translator))
 }

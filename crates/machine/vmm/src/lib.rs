@@ -53,6 +53,7 @@ pub use console::ConsoleInput;
 pub use error::{BuildError, Crash, Outcome};
 pub use machine::{HostEnds, Machine, MachineHandle, MachineStats};
 pub use name::{MachineName, NameError};
+pub use platform::vsock_socket;
 pub use ring::ConsoleRing;
 pub use run_dir::{RunDir, RunDirError};
 pub use size::{ByteSize, SizeError};

@@ -157,8 +157,8 @@ fn add_vsock(
     chassis.add_virtio(slot::VSOCK, "vsock0", device)
 }
 
-/// Where the Unix socket of the configured vsock is.
-pub(crate) fn vsock_socket(config: &MachineConfig, run_dir: Option<&Path>) -> Option<PathBuf> {
+/// Where the Unix socket of a configuration's vsock is, for a machine with this run directory.
+pub fn vsock_socket(config: &MachineConfig, run_dir: Option<&Path>) -> Option<PathBuf> {
     let vsock = config.vsock.as_ref()?;
     let in_run_dir = || run_dir.map(RunDir::vsock_socket);
     vsock.socket.clone().or_else(in_run_dir)

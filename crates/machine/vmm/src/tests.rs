@@ -82,7 +82,7 @@ impl Vcpu<X86> for FakeVcpu {
         let life = *self.0.lives.lock().unwrap();
         Ok((self.0.script)(bus, &self.0, life))
     }
-    fn state(&self) -> CpuState {
+    fn state(&mut self) -> CpuState {
         self.0.state.lock().unwrap().clone()
     }
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {

@@ -41,7 +41,7 @@ impl VcpuThread {
     /// Starts the thread; the vCPU is parked until [`VcpuThread::run`].
     pub(crate) fn start(
         id: VcpuId,
-        vcpu: Box<dyn Vcpu<X86>>,
+        mut vcpu: Box<dyn Vcpu<X86>>,
         bus: Arc<dyn IoBus>,
         events: Sender<Event>,
         first_run: Arc<OnceLock<Instant>>,

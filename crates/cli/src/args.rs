@@ -1,0 +1,382 @@
+//! The command line: what can be typed, and the refusal of what cannot.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use strata_vmm::config::{DiskConfig, EngineChoice, NetworkConfig, OnReboot};
+use strata_vmm::{ByteSize, MachineName};
+
+use crate::exit::{ExitCode, Failure, HELP};
+
+/// Runs machines on any x86-64 Linux host, with or without hardware assist.
+#[derive(Debug, Parser)]
+#[command(name = "strata", version, after_help = HELP, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a machine: its console, or one command in it
+    #[command(after_help = HELP)]
+    Run(Box<RunArgs>),
+    /// List, build and remove images
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Say what this host offers, and which engine is chosen and why
+    Info(InfoArgs),
+    /// Say what running machines have done
+    Stats(StatsArgs),
+    /// Print a completion script
+    Completions {
+        /// For this shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+#[command(override_usage = "strata run [OPTIONS] IMAGE [-- CMD...]\n       \
+    strata run [OPTIONS] --kernel FILE [--initrd FILE] [--append TEXT] [-- CMD...]")]
+pub struct RunArgs {
+    /// The image to run; it is built first if it is missing
+    #[arg(value_name = "IMAGE", conflicts_with = "kernel")]
+    pub image: Option<String>,
+    /// Only there to be refused with good advice.
+    #[arg(hide = true)]
+    pub stray: Vec<String>,
+    /// Run this in the guest; without it, the console is yours
+    #[arg(last = true, value_name = "CMD")]
+    pub command: Vec<OsString>,
+    /// Boot this kernel: bzImage, vmlinux, PVH or multiboot; its serial console is our output and input
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Give the kernel this initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// With --kernel, the whole kernel command line; with an image, added to the image's own
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// Add a disk; `,ro` write-protects it. May be given several times
+    #[arg(long = "disk", value_name = "FILE[,ro][,format=raw]")]
+    pub disks: Vec<DiskConfig>,
+    /// Number of CPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// Size of memory, with a unit: 512M, 1G
+    #[arg(long, value_name = "SIZE", default_value_t = strata_vmm::MachineConfig::MEMORY_DEFAULT, allow_hyphen_values = true)]
+    pub memory: ByteSize,
+    /// How guest code is run
+    #[arg(long, value_name = "ENGINE", value_enum, default_value = "auto")]
+    pub engine: EngineArg,
+    /// What the guest's CPUs can do: baseline or host
+    #[arg(long, value_name = "MODEL", default_value = "baseline")]
+    pub cpu_model: String,
+    /// The machine's name; made up if not given
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<MachineName>,
+    /// The machine's network
+    #[arg(long, value_enum, default_value = "none")]
+    pub net: NetArg,
+    /// What happens when the guest reboots
+    #[arg(long, value_enum, default_value = "restart")]
+    pub on_reboot: OnRebootArg,
+    /// Give CMD a terminal even if our input or output is none
+    #[arg(short = 't', overrides_with = "no_terminal")]
+    pub terminal: bool,
+    /// Give CMD no terminal even if our input and output are one
+    #[arg(short = 'T', overrides_with = "terminal")]
+    pub no_terminal: bool,
+    /// Put the socket between host and guest here; a guest connecting to port P reaches PATH_P
+    #[arg(long, value_name = "PATH")]
+    pub vsock: Option<PathBuf>,
+    /// Print how long each phase took, as a line of JSON on standard error
+    #[arg(long, hide = true)]
+    pub timings: bool,
+    /// Print the engine's counters at the end, as a line of JSON on standard error.
+    #[arg(long, hide = true)]
+    pub print_stats: bool,
+    /// Add the test device isa-debug-exit; the status is twice what the guest writes, plus one.
+    #[arg(long, hide = true)]
+    pub debug_exit: bool,
+    /// Translate one instruction per block.
+    #[arg(long, hide = true)]
+    pub reference: bool,
+    /// Count retired instructions.
+    #[arg(long, hide = true)]
+    pub count: bool,
+    /// How long the guest may take until its agent answers, in seconds.
+    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 300)]
+    pub boot_timeout: u64,
+}
+
+/// Commands on images.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// List images that are here, and those that can be built
+    Ls {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Build an image, in place of an older one
+    Build {
+        /// Its name
+        name: String,
+    },
+    /// Remove an image
+    Rm {
+        /// Its name
+        name: String,
+    },
+}
+
+/// Arguments of `info`.
+#[derive(Debug, Args)]
+pub struct InfoArgs {
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `stats`.
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    /// The machine; all that run if not given
+    pub name: Option<MachineName>,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `--engine`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum EngineArg {
+    /// The best one here
+    Auto,
+    /// Binary translation
+    Translate,
+}
+
+impl From<EngineArg> for EngineChoice {
+    fn from(engine: EngineArg) -> Self {
+        match engine {
+            EngineArg::Auto => Self::Auto,
+            EngineArg::Translate => Self::Translate,
+        }
+    }
+}
+
+/// `--net`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum NetArg {
+    /// No network card
+    None,
+}
+
+impl From<NetArg> for NetworkConfig {
+    fn from(net: NetArg) -> Self {
+        match net {
+            NetArg::None => Self::None,
+        }
+    }
+}
+
+/// `--on-reboot`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum OnRebootArg {
+    /// The machine begins again
+    Restart,
+    /// The machine ends
+    Exit,
+}
+
+impl From<OnRebootArg> for OnReboot {
+    fn from(on_reboot: OnRebootArg) -> Self {
+        match on_reboot {
+            OnRebootArg::Restart => Self::Restart,
+            OnRebootArg::Exit => Self::Exit,
+        }
+    }
+}
+
+/// What a command line asks for: a command, or text to print.
+#[derive(Debug)]
+pub enum Parsed {
+    /// Do this.
+    Command(Command),
+    /// Help or the version.
+    Text(String),
+}
+
+/// Reads a command line, the program's name first.
+///
+/// # Errors
+/// If it is wrong: one sentence.
+pub fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Parsed, Failure> {
+    let cli = match Cli::try_parse_from(line) {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => return Ok(Parsed::Text(error.to_string())),
+        Err(error) => return Err(refusal(&error)),
+    };
+    if let Command::Run(run) = &cli.command {
+        check_run(run)?;
+    }
+    Ok(Parsed::Command(cli.command))
+}
+
+fn check_run(run: &RunArgs) -> Result<(), Failure> {
+    let usage = |message: String| Err(Failure::new(ExitCode::Usage, message));
+    let Some(image) = &run.image else {
+        if run.kernel.is_none() {
+            return usage(
+                "say what to run: an image, like 'strata run tiny', or --kernel FILE".to_owned(),
+            );
+        }
+        return Ok(());
+    };
+    if !run.stray.is_empty() {
+        let words = run.stray.join(" ");
+        return usage(format!(
+            "'{words}' is no option of run: did you mean 'strata run {image} -- {words}'?"
+        ));
+    }
+    Ok(())
+}
+
+/// clap's message as one sentence: its first paragraph without decoration.
+fn refusal(error: &clap::Error) -> Failure {
+    let text = error.to_string();
+    let mut paragraphs = text.split("\n\n");
+    let first = paragraphs.next().unwrap_or_default();
+    let first = first.strip_prefix("error: ").unwrap_or(first);
+    let sentence = first.split_whitespace().collect::<Vec<_>>().join(" ");
+    let tip = paragraphs.find_map(|text| text.trim().strip_prefix("tip: "));
+    let message = match tip.and_then(|tip| tip.lines().next()) {
+        Some(tip) => format!("{sentence}; {tip}"),
+        None if text.starts_with("error: ") => format!("{sentence}; see --help"),
+        None => "say what to do: see 'strata --help'".to_owned(),
+    };
+    Failure::new(ExitCode::Usage, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use strata_vmm::config::DiskAccess;
+
+    fn parsed(line: &str) -> Result<Parsed, Failure> {
+        let words = std::iter::once("strata").chain(line.split_whitespace());
+        parse(words.map(OsString::from))
+    }
+
+    fn run(line: &str) -> RunArgs {
+        match parsed(line) {
+            Ok(Parsed::Command(Command::Run(run))) => *run,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    fn refused(line: &str, message: &str) {
+        let failure = parsed(line).unwrap_err();
+        assert_eq!(failure.message, message, "{line}");
+        assert_eq!(failure.code, ExitCode::Usage, "{line}");
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn run_with_everything() {
+        let run = run(
+            "run tiny --disk a,ro --disk b --cpus 2 --memory 1G --engine translate --cpu-model host \
+             --name x --net none --on-reboot exit -T -- ls -l --kernel",
+        );
+        assert_eq!(run.image.as_deref(), Some("tiny"));
+        assert_eq!(run.command, ["ls", "-l", "--kernel"]);
+        assert_eq!(run.disks.len(), 2);
+        assert_eq!(run.disks[0].access, DiskAccess::ReadOnly);
+        assert_eq!(run.memory, ByteSize::mebibytes(1024));
+        assert!(run.no_terminal && !run.terminal);
+    }
+
+    #[test]
+    fn the_last_of_two_terminal_options_counts() {
+        let run = run("run -T -t tiny -- sh");
+        assert!(run.terminal && !run.no_terminal);
+    }
+
+    #[test]
+    fn run_with_a_kernel() {
+        let run = run("run --kernel k --initrd i --append console=ttyS0");
+        assert_eq!(run.kernel, Some("k".into()));
+        assert_eq!(run.append.as_deref(), Some("console=ttyS0"));
+        assert_eq!(run.memory, ByteSize::mebibytes(512));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_in_a_sentence() {
+        refused(
+            "run tiny nproc",
+            "'nproc' is no option of run: did you mean 'strata run tiny -- nproc'?",
+        );
+        refused(
+            "run tiny echo a b",
+            "'echo a b' is no option of run: did you mean 'strata run tiny -- echo a b'?",
+        );
+        refused(
+            "run",
+            "say what to run: an image, like 'strata run tiny', or --kernel FILE",
+        );
+        refused(
+            "run tiny --memory 512",
+            "invalid value '512' for '--memory <SIZE>': '512' needs a unit: say 512M or 512G; see --help",
+        );
+        refused(
+            "run tiny --memory=-1G",
+            "invalid value '-1G' for '--memory <SIZE>': '-1G' is not a size: write a whole number and a unit, like 512M or 1G; see --help",
+        );
+        refused(
+            "run tiny --disk a,format=vmdk",
+            "invalid value 'a,format=vmdk' for '--disk <FILE[,ro][,format=raw]>': disk format 'vmdk' is not known (known: raw); see --help",
+        );
+        refused(
+            "run tiny --engine kvm",
+            "invalid value 'kvm' for '--engine <ENGINE>' [possible values: auto, translate]; see --help",
+        );
+        refused(
+            "run tiny --memry 1G",
+            "unexpected argument '--memry' found; a similar argument exists: '--memory'",
+        );
+        refused(
+            "run --kernel k tiny",
+            "the argument '--kernel <FILE>' cannot be used with '[IMAGE]'; see --help",
+        );
+        refused(
+            "imag ls",
+            "unrecognized subcommand 'imag'; a similar subcommand exists: 'image'",
+        );
+        refused("", "say what to do: see 'strata --help'");
+        refused(
+            "image build",
+            "the following required arguments were not provided: <NAME>; see --help",
+        );
+    }
+
+    #[test]
+    fn help_documents_exit_statuses() {
+        for line in ["--help", "run --help"] {
+            match parsed(line) {
+                Ok(Parsed::Text(text)) => assert!(text.contains("128+N"), "{text}"),
+                other => panic!("{line}: {other:?}"),
+            }
+        }
+    }
+}

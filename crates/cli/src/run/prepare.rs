@@ -1,0 +1,165 @@
+//! From arguments to a machine's configuration, and to what its console and CMD are tied to.
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use strata_vmm::config::{BootFiles, BootSource, ConsoleKind, VsockConfig};
+use strata_vmm::{MachineConfig, MachineName};
+
+use super::terminal;
+use crate::args::RunArgs;
+use crate::exit::Failure;
+use crate::image;
+
+/// What a run is.
+pub struct Plan {
+    /// The machine.
+    pub config: MachineConfig,
+    /// What our streams are tied to.
+    pub mode: Mode,
+    /// What another name is made from if this one is taken; none if the user chose the name.
+    pub name_stem: Option<String>,
+}
+
+/// What our streams are tied to.
+pub enum Mode {
+    /// The machine's console.
+    Console {
+        /// Whether the kernel's messages come over it.
+        kernel_log: bool,
+    },
+    /// A command in the guest.
+    Command(CommandPlan),
+}
+
+/// A command to run in the guest.
+#[derive(Clone)]
+pub struct CommandPlan {
+    /// The program and its arguments.
+    pub argv: Vec<Vec<u8>>,
+    /// Whether it gets a terminal.
+    pub tty: bool,
+    /// How long the guest may take until its agent answers.
+    pub boot_timeout: Duration,
+}
+
+/// Works it out. Builds the image if it is missing.
+pub fn plan(args: RunArgs) -> Result<Plan, Failure> {
+    let stem = stem(&args);
+    let name = args.name.clone();
+    let name_stem = if name.is_some() {
+        None
+    } else {
+        Some(stem.clone())
+    };
+    let name = name.unwrap_or_else(|| MachineName::generate(&stem));
+    let mode = mode(&args);
+    let files = match &args.image {
+        Some(image) => image_files(image, &args, &name, &mode)?,
+        None => BootFiles {
+            kernel: args.kernel.unwrap_or_default(),
+            initrd: args.initrd,
+            append: args.append.unwrap_or_default(),
+        },
+    };
+    let mut config = MachineConfig::new(name, BootSource::Files(files));
+    config.engine = args.engine.into();
+    config.cpus = args.cpus;
+    config.cpu_model = args.cpu_model;
+    config.memory = args.memory;
+    config.disks = args.disks;
+    config.network = args.net.into();
+    config.on_reboot = args.on_reboot.into();
+    config.debug_exit = args.debug_exit;
+    if matches!(mode, Mode::Console { kernel_log: false }) {
+        config.console = ConsoleKind::Virtio;
+    }
+    if args.vsock.is_some() || matches!(mode, Mode::Command(_)) {
+        config.vsock = Some(VsockConfig {
+            socket: args.vsock,
+            ..VsockConfig::default()
+        });
+    }
+    Ok(Plan {
+        config,
+        mode,
+        name_stem,
+    })
+}
+
+fn mode(args: &RunArgs) -> Mode {
+    if args.command.is_empty() {
+        return Mode::Console {
+            kernel_log: args.image.is_none(),
+        };
+    }
+    let both = || std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    Mode::Command(CommandPlan {
+        argv: args
+            .command
+            .iter()
+            .cloned()
+            .map(OsString::into_vec)
+            .collect(),
+        tty: args.terminal || (!args.no_terminal && both()),
+        boot_timeout: Duration::from_secs(args.boot_timeout),
+    })
+}
+
+/// An image's files, and its command line with what this run wants of the guest's init.
+fn image_files(
+    image: &str,
+    args: &RunArgs,
+    name: &MachineName,
+    mode: &Mode,
+) -> Result<BootFiles, Failure> {
+    let image = image::find_or_build(image)?;
+    let mut append = image.manifest.command_line;
+    append.push_str(&format!(" strata.hostname={name}"));
+    match mode {
+        Mode::Console { .. } => append.push_str(&console_options()),
+        Mode::Command(_) => append.push_str(" strata.agent=1"),
+    }
+    if let Some(more) = &args.append {
+        append.push(' ');
+        append.push_str(more);
+    }
+    Ok(BootFiles {
+        kernel: image.kernel,
+        initrd: Some(image.initrd),
+        append,
+    })
+}
+
+/// A shell on the virtio console, with the size and kind of our terminal.
+fn console_options() -> String {
+    let mut options = " strata.console=hvc0".to_owned();
+    if let Some((columns, rows)) = terminal::size() {
+        options.push_str(&format!(" strata.rows={rows} strata.cols={columns}"));
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+');
+    if std::io::stdout().is_terminal()
+        && let Ok(term) = std::env::var("TERM")
+        && !term.is_empty()
+        && term.chars().all(plain)
+    {
+        options.push_str(&format!(" strata.term={term}"));
+    }
+    options
+}
+
+/// What a made-up name begins with.
+fn stem(args: &RunArgs) -> String {
+    let of_file = |path: &PathBuf| {
+        Path::new(path)
+            .file_stem()
+            .map(|stem| stem.to_string_lossy().into_owned())
+    };
+    args.image
+        .clone()
+        .or_else(|| args.kernel.as_ref().and_then(of_file))
+        .unwrap_or_default()
+}
