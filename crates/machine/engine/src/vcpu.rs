@@ -107,7 +107,7 @@ pub trait Vcpu<A: Arch>: Send {
     fn run(&mut self, bus: &dyn IoBus) -> Result<Exit, EngineError>;
 
     /// Copies the whole architectural state out. Only between runs.
-    fn state(&self) -> A::State;
+    fn state(&mut self) -> A::State;
 
     /// Replaces the whole architectural state. Only between runs.
     fn set_state(&mut self, state: &A::State) -> Result<(), EngineError>;

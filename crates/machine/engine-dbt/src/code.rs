@@ -1,0 +1,447 @@
+//! The code cache and its map: which block was translated from which bytes, who jumps to it, and what must go when
+//! those bytes change.
+//!
+//! The cache is a memfd mapped twice, writable and executable, so that no page is ever both. Space is handed out
+//! upwards and reclaimed all at once; an invalidated block is unlinked but its bytes stay until then, so the block
+//! that is running can invalidate itself.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use iced_x86::Instruction;
+use strata_engine::{EngineError, VcpuStats};
+use strata_memory::GuestMemory;
+
+use crate::cpu::{Cpu, JUMP_ENTRIES};
+use crate::mmu::OperandAccess;
+
+/// Bytes of the code cache.
+pub const CACHE_SIZE: usize = 128 << 20;
+/// A translation never needs more than this.
+pub const BLOCK_ROOM: usize = 64 << 10;
+
+/// What a translation depends on.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Hash)]
+pub struct Key {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// RIP (offset in CS).
+    pub rip: u64,
+    /// CS base; 0 in 64-bit mode.
+    pub cs_base: u64,
+    /// Mode word, see `translate::Mode`.
+    pub mode: u32,
+}
+
+/// A multiply-and-rotate hasher: keys are addresses the guest may choose, but it can only slow itself down.
+#[derive(Default)]
+pub struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(u64::from(byte));
+        }
+    }
+    fn write_u32(&mut self, value: u32) {
+        self.write_u64(u64::from(value));
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 ^= self.0 >> 29;
+    }
+}
+
+type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
+
+/// A memory operand of translated code, for its slow path.
+#[derive(Clone, Copy, Debug)]
+pub struct MemSite {
+    /// RIP of the instruction.
+    pub rip: u64,
+    /// Bytes of the operand.
+    pub size: u8,
+    /// What is done with it.
+    pub access: OperandAccess,
+    /// #SS instead of #GP.
+    pub stack: bool,
+    /// Instructions of the block that retired before this one.
+    pub index: u16,
+    /// Where the guest goes on after a store, when it must leave the block.
+    pub next: Next,
+}
+
+/// Where the guest goes on.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Next {
+    /// At this RIP.
+    Known(u64),
+    /// At the target in the context's scratch word 0.
+    Target,
+}
+
+/// An instruction that the interpreter runs.
+#[derive(Clone, Copy, Debug)]
+pub struct InterpretSite {
+    /// The instruction; its IP is RIP.
+    pub instr: Instruction,
+    /// Instructions of the block that retired before this one.
+    pub index: u16,
+    /// It raises this vector instead (#UD, #NM).
+    pub fault: Option<u8>,
+}
+
+/// A jump that can be pointed at its target once that is translated.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// Cache offset of the rel32 to patch.
+    pub patch: u32,
+    /// Cache offset of the code that leaves for the dispatcher.
+    pub cold: u32,
+    /// Where the jump goes.
+    pub target: Key,
+}
+
+/// A host instruction that may fault, and the guest instruction it stands for.
+#[derive(Clone, Copy, Debug)]
+pub struct FaultPoint {
+    /// Cache offset of its first byte.
+    pub offset: u32,
+    /// Instructions of the block that retired before.
+    pub index: u16,
+    /// RIP of the guest instruction.
+    pub rip: u64,
+}
+
+/// One translated block.
+#[derive(Debug)]
+pub struct Block {
+    /// What it was translated from.
+    pub key: Key,
+    /// Guest bytes.
+    pub len: u32,
+    /// Guest-physical page of the bytes past the page end, if it crosses.
+    pub second_page: Option<u64>,
+    /// Cache offset of its entry.
+    pub entry: u32,
+    /// First link and number of links of this block.
+    links: (u32, u32),
+    incoming: Vec<u32>,
+    dead: bool,
+}
+
+#[derive(Debug, Default)]
+struct CodePage {
+    blocks: Vec<u32>,
+}
+
+/// The cache and everything known about its contents.
+pub struct CodeMap {
+    _fd: OwnedFd,
+    writable: *mut u8,
+    executable: *const u8,
+    used: usize,
+    /// Bytes at the start that hold the stubs and survive a flush.
+    reserved: usize,
+    blocks: Vec<Block>,
+    keys: AddressMap<Key, u32>,
+    pages: AddressMap<u64, CodePage>,
+    links: Vec<Link>,
+    mem_sites: Vec<MemSite>,
+    interpret_sites: Vec<InterpretSite>,
+    fault_points: Vec<FaultPoint>,
+    /// Set whenever a block died; the slow path then leaves translated code, because it may be the running one.
+    pub stale: bool,
+}
+
+// SAFETY: the mappings belong to this value alone; everything else is plain data.
+unsafe impl Send for CodeMap {}
+
+impl CodeMap {
+    /// Maps an empty cache.
+    pub fn new() -> Result<CodeMap, EngineError> {
+        let host = |what| EngineError::Host { what, source: std::io::Error::last_os_error() };
+        // SAFETY: a plain system call with a constant name.
+        let raw = unsafe { libc::memfd_create(c"strata-code".as_ptr(), libc::MFD_CLOEXEC) };
+        if raw < 0 {
+            return Err(host("creating the code cache (memfd_create)"));
+        }
+        // SAFETY: the descriptor was just created and belongs to nobody else.
+        let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+        // SAFETY: a plain system call on our own descriptor.
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), CACHE_SIZE as libc::off_t) } != 0 {
+            return Err(host("sizing the code cache (ftruncate)"));
+        }
+        let map = |protection| {
+            // SAFETY: a fresh mapping chosen by the kernel; nothing else is touched.
+            let at = unsafe {
+                libc::mmap(std::ptr::null_mut(), CACHE_SIZE, protection, libc::MAP_SHARED, fd.as_raw_fd(), 0)
+            };
+            if at == libc::MAP_FAILED { Err(host("mapping the code cache")) } else { Ok(at.cast::<u8>()) }
+        };
+        let writable = map(libc::PROT_READ | libc::PROT_WRITE)?;
+        let executable = map(libc::PROT_READ | libc::PROT_EXEC)?;
+        Ok(CodeMap {
+            _fd: fd,
+            writable,
+            executable,
+            used: 0,
+            reserved: 0,
+            blocks: Vec::new(),
+            keys: AddressMap::default(),
+            pages: AddressMap::default(),
+            links: Vec::new(),
+            mem_sites: Vec::new(),
+            interpret_sites: Vec::new(),
+            fault_points: Vec::new(),
+            stale: false,
+        })
+    }
+
+    /// Where the next block will run.
+    pub fn next_address(&self) -> u64 {
+        self.executable as u64 + self.used as u64
+    }
+
+    /// Address of a cache offset.
+    pub fn address(&self, offset: u32) -> u64 {
+        self.executable as u64 + u64::from(offset)
+    }
+
+    /// Cache offset of an address, if it lies in the part in use.
+    pub fn offset_of(&self, address: u64) -> Option<u32> {
+        let offset = address.checked_sub(self.executable as u64)?;
+        (offset < self.used as u64).then_some(offset as u32)
+    }
+
+    /// Start and end of the executable mapping.
+    pub fn range(&self) -> (u64, u64) {
+        (self.executable as u64, self.executable as u64 + CACHE_SIZE as u64)
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// True if a block may not fit any more.
+    pub fn full(&self) -> bool {
+        self.used + BLOCK_ROOM > CACHE_SIZE
+    }
+
+    /// Appends code and returns its offset. The caller checked [`CodeMap::full`].
+    pub fn append(&mut self, code: &[u8]) -> Result<u32, EngineError> {
+        let offset = self.used;
+        if offset + code.len() > CACHE_SIZE {
+            return Err(EngineError::Internal("a block does not fit the code cache".into()));
+        }
+        // SAFETY: the range was just checked to lie in the writable mapping.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(offset), code.len()) };
+        self.used = (offset + code.len()).next_multiple_of(16);
+        Ok(offset as u32)
+    }
+
+    /// Keeps what was appended so far through every flush.
+    pub fn reserve(&mut self) {
+        self.reserved = self.used;
+    }
+
+    /// Forgets all blocks. No vCPU may be in translated code.
+    pub fn flush(&mut self, cpu: &mut Cpu, memory: &GuestMemory, stats: &mut VcpuStats) {
+        for &page in self.pages.keys() {
+            memory.unwatch_page(page);
+        }
+        self.blocks.clear();
+        self.keys.clear();
+        self.pages.clear();
+        self.links.clear();
+        self.mem_sites.clear();
+        self.interpret_sites.clear();
+        self.fault_points.clear();
+        self.used = self.reserved;
+        self.stale = true;
+        for jump in &mut cpu.jump {
+            jump.clear();
+        }
+        stats.cache_flushes += 1;
+    }
+
+    /// The entry of a translated block.
+    pub fn find(&self, key: &Key) -> Option<u32> {
+        self.keys.get(key).copied()
+    }
+
+    /// A block by number.
+    pub fn block(&self, id: u32) -> Option<&Block> {
+        self.blocks.get(id as usize)
+    }
+
+    /// Registers a memory operand.
+    pub fn add_mem_site(&mut self, site: MemSite) -> u32 {
+        self.mem_sites.push(site);
+        self.mem_sites.len() as u32 - 1
+    }
+
+    /// A memory operand.
+    pub fn mem_site(&self, id: u32) -> Option<MemSite> {
+        self.mem_sites.get(id as usize).copied()
+    }
+
+    /// Registers an interpreted instruction.
+    pub fn add_interpret_site(&mut self, site: InterpretSite) -> u32 {
+        self.interpret_sites.push(site);
+        self.interpret_sites.len() as u32 - 1
+    }
+
+    /// An interpreted instruction.
+    pub fn interpret_site(&self, id: u32) -> Option<InterpretSite> {
+        self.interpret_sites.get(id as usize).copied()
+    }
+
+    /// The number the next link will get.
+    pub fn next_link(&self) -> u32 {
+        self.links.len() as u32
+    }
+
+    /// A link.
+    pub fn link(&self, id: u32) -> Option<Link> {
+        self.links.get(id as usize).copied()
+    }
+
+    /// The guest instruction that a host address stands for.
+    pub fn fault_point(&self, address: u64) -> Option<FaultPoint> {
+        let offset = self.offset_of(address)?;
+        let next = self.fault_points.partition_point(|point| point.offset <= offset);
+        self.fault_points.get(next.checked_sub(1)?).copied()
+    }
+
+    /// Adds a translated block with its links and fault points (offsets relative to the block's code).
+    pub fn insert(
+        &mut self,
+        key: Key,
+        len: u32,
+        second_page: Option<u64>,
+        code: &[u8],
+        links: &[Link],
+        points: &[FaultPoint],
+        memory: &GuestMemory,
+        cpu: &mut Cpu,
+    ) -> Result<u32, EngineError> {
+        let entry = self.append(code)?;
+        let own_links = (self.links.len() as u32, links.len() as u32);
+        for link in links {
+            self.links.push(Link { patch: link.patch + entry, cold: link.cold + entry, target: link.target });
+        }
+        self.fault_points.extend(points.iter().map(|p| FaultPoint { offset: p.offset + entry, ..*p }));
+        let id = self.blocks.len() as u32;
+        self.blocks.push(Block { key, len, second_page, entry, links: own_links, incoming: Vec::new(), dead: false });
+        self.keys.insert(key, id);
+        for page in [Some(key.gpa >> 12), second_page].into_iter().flatten() {
+            let known = self.pages.entry(page).or_default();
+            if known.blocks.is_empty() {
+                memory.watch_page(page);
+                for tlb in &mut cpu.tlb {
+                    tlb.drop_writes();
+                }
+            }
+            known.blocks.push(id);
+        }
+        Ok(id)
+    }
+
+    /// True if the block that link `id` belongs to was dropped.
+    pub fn is_dead_link(&self, id: u32) -> bool {
+        let next = self.blocks.partition_point(|block| block.links.0 <= id);
+        let owner = self.blocks.get(..next).and_then(|b| b.iter().rev().find(|b| id < b.links.0 + b.links.1));
+        owner.is_none_or(|block| block.dead)
+    }
+
+    /// Points link `id` at block `target`.
+    pub fn connect(&mut self, id: u32, target: u32) {
+        let Some(link) = self.link(id) else { return };
+        let Some(block) = self.blocks.get_mut(target as usize) else { return };
+        block.incoming.push(id);
+        let entry = block.entry;
+        self.patch(link.patch, entry);
+    }
+
+    fn patch(&mut self, at: u32, target: u32) {
+        let rel = (i64::from(target) - i64::from(at) - 4) as i32;
+        // SAFETY: `at` is the offset of a rel32 inside an appended block.
+        unsafe { self.writable.add(at as usize).cast::<i32>().write_unaligned(rel) };
+    }
+
+    /// Guest memory changed: drops the blocks translated from it.
+    pub fn written(&mut self, gpa: u64, len: u64, cpu: &mut Cpu, memory: &GuestMemory, stats: &mut VcpuStats) {
+        let last = gpa + len.max(1) - 1;
+        for page in gpa >> 12..=last >> 12 {
+            let Some(known) = self.pages.get(&page) else { continue };
+            let hit: Vec<u32> = known
+                .blocks
+                .iter()
+                .copied()
+                .filter(|&id| self.blocks.get(id as usize).is_some_and(|block| overlaps(block, gpa, last)))
+                .collect();
+            for id in hit {
+                self.invalidate(id, cpu, memory, stats);
+            }
+        }
+    }
+
+    fn invalidate(&mut self, id: u32, cpu: &mut Cpu, memory: &GuestMemory, stats: &mut VcpuStats) {
+        let Some(block) = self.blocks.get_mut(id as usize) else { return };
+        if block.dead {
+            return;
+        }
+        block.dead = true;
+        let (key, second) = (block.key, block.second_page);
+        let incoming = std::mem::take(&mut block.incoming);
+        if self.keys.get(&key) == Some(&id) {
+            self.keys.remove(&key);
+        }
+        for link in incoming {
+            if let Some(link) = self.link(link) {
+                self.patch(link.patch, link.cold);
+            }
+        }
+        for page in [Some(key.gpa >> 12), second].into_iter().flatten() {
+            if let Some(known) = self.pages.get_mut(&page) {
+                known.blocks.retain(|&other| other != id);
+                if known.blocks.is_empty() {
+                    self.pages.remove(&page);
+                    memory.unwatch_page(page);
+                }
+            }
+        }
+        let index = key.rip as usize % JUMP_ENTRIES;
+        for jump in &mut cpu.jump {
+            if jump.tag.get(index) == Some(&key.rip.wrapping_neg()) {
+                jump.drop_entry(index);
+            }
+        }
+        self.stale = true;
+        stats.blocks_invalidated += 1;
+    }
+}
+
+/// True if any byte of the block lies in `first..=last`.
+fn overlaps(block: &Block, first: u64, last: u64) -> bool {
+    let start = block.key.gpa;
+    let head = u64::from(block.len).min(4096 - (start & 0xfff));
+    let hits = |from: u64, len: u64| len > 0 && from <= last && first < from + len;
+    hits(start, head) || block.second_page.is_some_and(|page| hits(page << 12, u64::from(block.len) - head))
+}
+
+impl Drop for CodeMap {
+    fn drop(&mut self) {
+        // SAFETY: both mappings were made by `new`, have this size and are used by nobody else any more.
+        unsafe {
+            libc::munmap(self.writable.cast(), CACHE_SIZE);
+            libc::munmap(self.executable.cast_mut().cast(), CACHE_SIZE);
+        }
+    }
+}

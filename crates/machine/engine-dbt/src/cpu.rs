@@ -1,0 +1,620 @@
+//! The vCPU context: everything translated code, the stubs and the interpreter share, at fixed offsets.
+//!
+//! Translated code reaches it through the host's `rsp`. Fields that emitted code touches are listed in [`off`]; the
+//! others may move freely.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use strata_engine::x86::{DescriptorTable, Segment};
+
+/// Entries of each soft TLB.
+pub const TLB_ENTRIES: usize = 1024;
+/// Entries of each jump cache.
+pub const JUMP_ENTRIES: usize = 4096;
+
+/// Tags of an empty soft TLB. A tag "hits" the addresses of its page and the few bytes below it, so the empty tag of
+/// entry `i` names a page whose own index is half the table away from `i`: no address at all hits an empty entry.
+static EMPTY_TLB: [u64; TLB_ENTRIES] = {
+    let mut tags = [0; TLB_ENTRIES];
+    let mut i = 0;
+    while i < TLB_ENTRIES {
+        tags[i] = (((i + TLB_ENTRIES / 2) % TLB_ENTRIES) as u64 * 4096).wrapping_neg();
+        i += 1;
+    }
+    tags
+};
+
+/// Tags of an empty jump cache: the address that would hit entry `i` has another index.
+static EMPTY_JUMP: [u64; JUMP_ENTRIES] = {
+    let mut tags = [0; JUMP_ENTRIES];
+    let mut i = 0;
+    while i < JUMP_ENTRIES {
+        tags[i] = ((i ^ 1) as u64).wrapping_neg();
+        i += 1;
+    }
+    tags
+};
+
+/// Bytes of the bounce buffer an operand may take (an XSAVE area never bounces; the interpreter copies it).
+pub const BOUNCE_SIZE: usize = 256;
+
+/// A soft TLB of one privilege class. Tags hold the negated page address, so that address + tag is the offset in
+/// the page on a hit; `delta` is host address minus linear address.
+#[repr(C)]
+pub struct SoftTlb {
+    /// Tags for loads.
+    pub read: [u64; TLB_ENTRIES],
+    /// Tags for stores: the page is writable, dirty in its page-table entry, RAM, and holds no watched code.
+    pub write: [u64; TLB_ENTRIES],
+    /// Host address minus linear address.
+    pub delta: [u64; TLB_ENTRIES],
+    /// One bit per entry: filled from a global mapping.
+    pub global: [u64; TLB_ENTRIES / 64],
+}
+
+/// A cache from linear instruction address to host code. Tags hold the negated address.
+#[repr(C)]
+pub struct JumpCache {
+    /// Negated linear addresses.
+    pub tag: [u64; JUMP_ENTRIES],
+    /// Host addresses.
+    pub target: [u64; JUMP_ENTRIES],
+    /// One bit per linear page modulo 4096: some entry may have come from such a page.
+    pages: [u64; 64],
+    /// Some entry came from a mapping that is not global.
+    local: bool,
+}
+
+impl SoftTlb {
+    /// Empties one entry.
+    pub fn drop_entry(&mut self, index: usize) {
+        if let (Some(read), Some(write), Some(&tag)) =
+            (self.read.get_mut(index), self.write.get_mut(index), EMPTY_TLB.get(index))
+        {
+            *read = tag;
+            *write = tag;
+        }
+    }
+
+    /// Makes stores to every page take the slow path once more, so that a newly watched page is seen.
+    pub fn drop_writes(&mut self) {
+        self.write.copy_from_slice(&EMPTY_TLB);
+    }
+}
+
+impl JumpCache {
+    /// Empties the cache.
+    pub fn clear(&mut self) {
+        self.tag.copy_from_slice(&EMPTY_JUMP);
+        self.pages.fill(0);
+        self.local = false;
+    }
+
+    /// Empties the cache if an entry may depend on the mapping of `linear`'s page.
+    fn clear_page(&mut self, linear: u64) {
+        let page = linear >> 12;
+        if self.pages.get((page / 64 % 64) as usize).is_some_and(|word| word & 1 << (page % 64) != 0) {
+            self.clear();
+        }
+    }
+
+    /// Empties one entry.
+    pub fn drop_entry(&mut self, index: usize) {
+        if let (Some(tag), Some(&empty)) = (self.tag.get_mut(index), EMPTY_JUMP.get(index)) {
+            *tag = empty;
+        }
+    }
+
+    /// Remembers that `rip`, whose code starts at `linear` and may reach into the next page, is at host address
+    /// `target`.
+    pub fn set(&mut self, rip: u64, linear: u64, crosses: bool, global: bool, target: u64) {
+        let page = linear >> 12;
+        for page in page..=page + u64::from(crosses) {
+            if let Some(word) = self.pages.get_mut((page / 64 % 64) as usize) {
+                *word |= 1 << (page % 64);
+            }
+        }
+        self.local |= !global;
+        let index = rip as usize % JUMP_ENTRIES;
+        if let (Some(tag), Some(to)) = (self.tag.get_mut(index), self.target.get_mut(index)) {
+            *tag = rip.wrapping_neg();
+            *to = target;
+        }
+    }
+}
+
+/// Index of the TLB and jump cache a mode uses.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(usize)]
+pub enum Privilege {
+    /// CPL 0, 1 or 2.
+    Supervisor = 0,
+    /// CPL 3.
+    User = 1,
+}
+
+/// A 32-byte vector register, low half first.
+pub type Ymm = [u64; 4];
+
+/// One vCPU. `#[repr(C)]`: emitted code uses the offsets in [`off`].
+#[repr(C, align(64))]
+pub struct Cpu {
+    /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8..R15. Complete whenever Rust runs; while translated code runs only
+    /// R8..R11 live here.
+    pub gpr: [u64; 16],
+    /// Instruction pointer (offset in CS; equals the linear address when CS.base is 0).
+    pub rip: u64,
+    /// Arithmetic flags as the host's EFLAGS bits (CF PF AF ZF SF OF), valid whenever Rust runs.
+    pub arith: u64,
+    /// 1 if IF is set, else 0. A field of its own so that CLI and STI are one store.
+    pub interrupts_on: u64,
+    /// All other RFLAGS bits: TF DF IOPL NT RF VM AC VIF VIP ID. Bit 1 is not kept here.
+    pub system_flags: u64,
+    /// What the vCPU must look at at the next check: bits of [`request`]. Set by any thread, atomically.
+    pub request: u32,
+    /// Not 0 if an interrupt waits for IF: looked at together with `request` one instruction after STI.
+    pub deferred: u32,
+    /// Retired instructions, in instrumented runs.
+    pub retired: u64,
+    /// Scratch of emitted code.
+    pub temp: [u64; 8],
+    /// Mask for `pext` that selects the TLB index (bits 12..22).
+    pub tlb_mask: u64,
+    /// Mask for `pext` that selects the page number (bits 12..64).
+    pub page_mask: u64,
+    /// Mask for `pext` that selects the jump-cache index.
+    pub jump_mask: u64,
+    /// The stack pointer of the Rust code that entered translated code.
+    pub host_rsp: u64,
+    /// Why translated code was left, see `stubs`.
+    pub exit_reason: u64,
+    /// A value that goes with the reason: a site's address.
+    pub exit_info: u64,
+    /// MXCSR of the guest while Rust runs.
+    pub mxcsr: u32,
+    /// MXCSR of Rust code while translated code runs.
+    pub host_mxcsr: u32,
+    /// Address of the slow-access callback's environment.
+    pub env: u64,
+    /// Segment bases of ES, CS, SS, DS, FS, GS for emitted code; always equal to `segments[i].base`.
+    pub seg_base: [u64; 6],
+    /// Where operands that cannot be reached directly are copied. Aligned 64.
+    pub bounce: Bounce,
+    /// YMM0..YMM15 while Rust runs.
+    pub ymm: VectorFile,
+    /// The soft TLBs by [`Privilege`].
+    pub tlb: [SoftTlb; 2],
+    /// The jump caches by [`Privilege`].
+    pub jump: [JumpCache; 2],
+
+    /// ES, CS, SS, DS, FS, GS. Change bases only through [`Cpu::set_segment`].
+    pub segments: [Segment; 6],
+    /// Task register.
+    pub tr: Segment,
+    /// Local descriptor table register.
+    pub ldtr: Segment,
+    /// Global descriptor table.
+    pub gdtr: DescriptorTable,
+    /// Interrupt descriptor table.
+    pub idtr: DescriptorTable,
+    /// CR0.
+    pub cr0: u64,
+    /// CR2.
+    pub cr2: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// IA32_EFER.
+    pub efer: u64,
+    /// XCR0.
+    pub xcr0: u64,
+    /// DR0..DR3.
+    pub dr: [u64; 4],
+    /// DR6.
+    pub dr6: u64,
+    /// DR7.
+    pub dr7: u64,
+    /// IA32_STAR.
+    pub star: u64,
+    /// IA32_LSTAR.
+    pub lstar: u64,
+    /// IA32_CSTAR.
+    pub cstar: u64,
+    /// IA32_FMASK.
+    pub sfmask: u64,
+    /// IA32_KERNEL_GS_BASE.
+    pub kernel_gs_base: u64,
+    /// IA32_SYSENTER_CS.
+    pub sysenter_cs: u64,
+    /// IA32_SYSENTER_ESP.
+    pub sysenter_esp: u64,
+    /// IA32_SYSENTER_EIP.
+    pub sysenter_eip: u64,
+    /// IA32_TSC_AUX.
+    pub tsc_aux: u64,
+    /// IA32_PAT.
+    pub pat: u64,
+    /// Guest TSC minus machine TSC.
+    pub tsc_offset: u64,
+    /// One instruction long after STI, MOV SS, POP SS no interrupt is taken.
+    pub interrupt_shadow: bool,
+    /// From an NMI's delivery to the next IRET.
+    pub nmi_blocked: bool,
+    /// In HLT.
+    pub halted: bool,
+    /// Application processor that waits for SIPI.
+    pub wait_for_sipi: bool,
+    /// True if the host's x87 unit holds the guest's state now (between enter and leave of the run loop).
+    pub fpu_live: bool,
+    /// x87 and legacy SSE in FXSAVE64 format while not live; the XMM part is stale (see `ymm`).
+    pub fx: FxArea,
+}
+
+/// The bounce buffer.
+#[repr(C, align(64))]
+pub struct Bounce(pub [u8; BOUNCE_SIZE]);
+
+/// The vector registers.
+#[repr(C, align(64))]
+pub struct VectorFile(pub [Ymm; 16]);
+
+/// A 512-byte FXSAVE64 image.
+#[repr(C, align(64))]
+pub struct FxArea(pub [u8; 512]);
+
+/// Bits of [`Cpu::request`].
+pub mod request {
+    /// An interrupt or NMI may be deliverable: ask the local APIC.
+    pub const INTERRUPT: u32 = 1;
+    /// `Kicker::kick` was called.
+    pub const KICK: u32 = 2;
+    /// A device wrote a page that holds translated code.
+    pub const CODE_WRITTEN: u32 = 4;
+    /// The guest-physical memory map changed.
+    pub const MEMORY_MAP: u32 = 8;
+    /// A timer of this vCPU is due.
+    pub const TIMER: u32 = 16;
+}
+
+/// RFLAGS bits.
+pub mod flags {
+    #![allow(missing_docs)]
+    pub const CF: u64 = 1;
+    pub const PF: u64 = 1 << 2;
+    pub const AF: u64 = 1 << 4;
+    pub const ZF: u64 = 1 << 6;
+    pub const SF: u64 = 1 << 7;
+    pub const TF: u64 = 1 << 8;
+    pub const IF: u64 = 1 << 9;
+    pub const DF: u64 = 1 << 10;
+    pub const OF: u64 = 1 << 11;
+    pub const IOPL: u64 = 3 << 12;
+    pub const NT: u64 = 1 << 14;
+    pub const RF: u64 = 1 << 16;
+    pub const VM: u64 = 1 << 17;
+    pub const AC: u64 = 1 << 18;
+    pub const VIF: u64 = 1 << 19;
+    pub const VIP: u64 = 1 << 20;
+    pub const ID: u64 = 1 << 21;
+    pub const ARITH: u64 = CF | PF | AF | ZF | SF | OF;
+    /// What [`super::Cpu::system_flags`] may hold.
+    pub const SYSTEM: u64 = TF | DF | IOPL | NT | RF | VM | AC | VIF | VIP | ID;
+}
+
+/// Control-register and EFER bits.
+pub mod control {
+    #![allow(missing_docs)]
+    pub const CR0_PE: u64 = 1;
+    pub const CR0_MP: u64 = 1 << 1;
+    pub const CR0_EM: u64 = 1 << 2;
+    pub const CR0_TS: u64 = 1 << 3;
+    pub const CR0_ET: u64 = 1 << 4;
+    pub const CR0_NE: u64 = 1 << 5;
+    pub const CR0_WP: u64 = 1 << 16;
+    pub const CR0_AM: u64 = 1 << 18;
+    pub const CR0_PG: u64 = 1 << 31;
+    pub const CR4_TSD: u64 = 1 << 2;
+    pub const CR4_DE: u64 = 1 << 3;
+    pub const CR4_PSE: u64 = 1 << 4;
+    pub const CR4_PAE: u64 = 1 << 5;
+    pub const CR4_PGE: u64 = 1 << 7;
+    pub const CR4_PCE: u64 = 1 << 8;
+    pub const CR4_OSFXSR: u64 = 1 << 9;
+    pub const CR4_OSXMMEXCPT: u64 = 1 << 10;
+    pub const CR4_UMIP: u64 = 1 << 11;
+    pub const CR4_FSGSBASE: u64 = 1 << 16;
+    pub const CR4_PCIDE: u64 = 1 << 17;
+    pub const CR4_OSXSAVE: u64 = 1 << 18;
+    pub const CR4_SMEP: u64 = 1 << 20;
+    pub const CR4_SMAP: u64 = 1 << 21;
+    pub const EFER_SCE: u64 = 1;
+    pub const EFER_LME: u64 = 1 << 8;
+    pub const EFER_LMA: u64 = 1 << 10;
+    pub const EFER_NXE: u64 = 1 << 11;
+}
+
+/// A context with room below it: translated code's stack pointer is the context's address, and calls of the slow path
+/// push one return address.
+#[repr(C, align(64))]
+pub struct Context {
+    stack: [u64; 8],
+    cpu: Cpu,
+}
+
+impl std::ops::Deref for Context {
+    type Target = Cpu;
+    fn deref(&self) -> &Cpu {
+        &self.cpu
+    }
+}
+
+impl std::ops::DerefMut for Context {
+    fn deref_mut(&mut self) -> &mut Cpu {
+        &mut self.cpu
+    }
+}
+
+impl Cpu {
+    /// A vCPU in its state after reset (Intel SDM vol. 3, table 10-1), on the heap because of its size.
+    pub fn new() -> Box<Context> {
+        // SAFETY: all fields are integers, arrays of integers or bools, for which zero is a valid value.
+        let mut cpu: Box<Context> = unsafe { Box::new_zeroed().assume_init() };
+        cpu.tlb_mask = (TLB_ENTRIES as u64 - 1) << 12;
+        cpu.page_mask = !0xfff;
+        cpu.jump_mask = JUMP_ENTRIES as u64 - 1;
+        cpu.reset();
+        cpu
+    }
+
+    /// Puts the architectural state back to what it is after reset.
+    pub fn reset(&mut self) {
+        self.gpr = [0; 16];
+        self.gpr[2] = 0x600;
+        self.rip = 0xfff0;
+        self.arith = 0;
+        self.interrupts_on = 0;
+        self.system_flags = 0;
+        let data = Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x93 };
+        for (i, _) in [(); 6].iter().enumerate() {
+            self.set_segment(i, data);
+        }
+        self.set_segment(1, Segment { selector: 0xf000, base: 0xffff_0000, limit: 0xffff, attributes: 0x9b });
+        self.ldtr = Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x82 };
+        self.tr = Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x8b };
+        self.gdtr = DescriptorTable { base: 0, limit: 0xffff };
+        self.idtr = DescriptorTable { base: 0, limit: 0xffff };
+        self.cr0 = 0x6000_0010;
+        self.cr2 = 0;
+        self.cr3 = 0;
+        self.cr4 = 0;
+        self.efer = 0;
+        self.xcr0 = 1;
+        self.dr = [0; 4];
+        self.dr6 = 0xffff_0ff0;
+        self.dr7 = 0x400;
+        self.pat = 0x0007_0406_0007_0406;
+        (self.star, self.lstar, self.cstar, self.sfmask, self.kernel_gs_base) = (0, 0, 0, 0, 0);
+        (self.sysenter_cs, self.sysenter_esp, self.sysenter_eip, self.tsc_aux) = (0, 0, 0, 0);
+        self.interrupt_shadow = false;
+        self.nmi_blocked = false;
+        self.halted = false;
+        self.mxcsr = 0x1f80;
+        self.ymm.0 = [[0; 4]; 16];
+        self.fx.0 = [0; 512];
+        self.fx.0[0] = 0x7f;
+        self.fx.0[1] = 0x03;
+        self.fx.0[24] = 0x80;
+        self.fx.0[25] = 0x1f;
+        self.flush_tlb(true);
+    }
+
+    /// RFLAGS, put together.
+    pub fn rflags(&self) -> u64 {
+        (self.arith & flags::ARITH) | 2 | (self.interrupts_on << 9) | (self.system_flags & flags::SYSTEM)
+    }
+
+    /// Takes RFLAGS apart. No privilege checks here.
+    pub fn set_rflags(&mut self, value: u64) {
+        self.arith = value & flags::ARITH;
+        self.interrupts_on = (value >> 9) & 1;
+        self.system_flags = value & flags::SYSTEM;
+    }
+
+    /// Current privilege level: SS.DPL... which equals CS's RPL outside of mode switches; 0 in real mode.
+    pub fn cpl(&self) -> u8 {
+        if self.cr0 & control::CR0_PE == 0 {
+            0
+        } else if self.system_flags & flags::VM != 0 {
+            3
+        } else {
+            (self.segments[1].selector & 3) as u8
+        }
+    }
+
+    /// TLB and jump cache in use.
+    pub fn privilege(&self) -> Privilege {
+        if self.cpl() == 3 { Privilege::User } else { Privilege::Supervisor }
+    }
+
+    /// True in long mode (64-bit or compatibility).
+    pub fn long_mode(&self) -> bool {
+        self.efer & control::EFER_LMA != 0
+    }
+
+    /// True in 64-bit mode.
+    pub fn code_64(&self) -> bool {
+        self.long_mode() && self.segments[1].long()
+    }
+
+    /// Code size in bits: 64, 32 or 16.
+    pub fn code_bits(&self) -> u32 {
+        if self.code_64() {
+            64
+        } else if self.segments[1].default_32() {
+            32
+        } else {
+            16
+        }
+    }
+
+    /// Loads a segment register with its hidden part, as values.
+    pub fn set_segment(&mut self, index: usize, segment: Segment) {
+        if let (Some(slot), Some(base)) = (self.segments.get_mut(index), self.seg_base.get_mut(index)) {
+            *slot = segment;
+            *base = segment.base;
+        }
+    }
+
+    fn request_word(&self) -> &AtomicU32 {
+        // SAFETY: the field is a valid, aligned u32 that all threads access atomically.
+        unsafe { AtomicU32::from_ptr((&raw const self.request).cast_mut()) }
+    }
+
+    /// The request word.
+    pub fn request_bits(&self) -> u32 {
+        self.request_word().load(Ordering::SeqCst)
+    }
+
+    /// Takes all request bits.
+    pub fn take_requests(&mut self) -> u32 {
+        self.request_word().swap(0, Ordering::SeqCst)
+    }
+
+    /// Sets request bits.
+    pub fn raise_request(&mut self, bits: u32) {
+        self.request_word().fetch_or(bits, Ordering::SeqCst);
+    }
+
+    /// Starts an application processor in real mode at page `vector` (SDM vol. 3, 9.4.4).
+    pub fn start_at(&mut self, vector: u8) {
+        self.wait_for_sipi = false;
+        self.rip = 0;
+        let selector = u16::from(vector) << 8;
+        let code = Segment { selector, base: u64::from(selector) << 4, limit: 0xffff, attributes: 0x9b };
+        self.set_segment(1, code);
+    }
+
+    /// Gives the host's x87 unit the guest's state.
+    pub fn load_fpu(&mut self) {
+        // The XMM part is loaded from `ymm` on entry; MXCSR must be one that cannot fault here.
+        if let Some(mxcsr) = self.fx.0.get_mut(24..28) {
+            mxcsr.copy_from_slice(&0x1f80u32.to_le_bytes());
+        }
+        // SAFETY: `fx` is a 64-byte aligned, valid FXSAVE image; XMM registers are declared clobbered.
+        unsafe {
+            std::arch::asm!("fxrstor64 [{}]", in(reg) &raw const self.fx,
+                out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _,
+                out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+                out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+                out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
+                out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _);
+        }
+        self.fpu_live = true;
+    }
+
+    /// Takes the guest's state out of the host's x87 unit and leaves that as Rust code expects it.
+    pub fn store_fpu(&mut self) {
+        self.fpu_live = false;
+        // SAFETY: `fx` is 512 writable bytes, aligned; FNINIT leaves an empty x87 stack.
+        unsafe { std::arch::asm!("fxsave64 [{}]", "fninit", in(reg) &raw mut self.fx) };
+    }
+
+    /// Empties the soft TLBs and jump caches; global mappings stay unless `global`.
+    pub fn flush_tlb(&mut self, global: bool) {
+        for (tlb, jump) in self.tlb.iter_mut().zip(self.jump.iter_mut()) {
+            if global || tlb.global.iter().all(|&bits| bits == 0) {
+                tlb.read.copy_from_slice(&EMPTY_TLB);
+                tlb.write.copy_from_slice(&EMPTY_TLB);
+                tlb.global.fill(0);
+            } else {
+                for (word, &bits) in tlb.global.iter().enumerate() {
+                    if bits == u64::MAX {
+                        continue;
+                    }
+                    let start = word * 64;
+                    let reads = tlb.read.iter_mut().skip(start).take(64);
+                    let writes = tlb.write.iter_mut().skip(start).take(64);
+                    let empty = EMPTY_TLB.iter().skip(start);
+                    for (i, ((read, write), &tag)) in reads.zip(writes).zip(empty).enumerate() {
+                        if bits & (1 << i) == 0 {
+                            *read = tag;
+                            *write = tag;
+                        }
+                    }
+                }
+            }
+            if global || jump.local {
+                jump.clear();
+            }
+        }
+    }
+
+    /// Drops what the TLBs hold of one page, global or not (INVLPG), and the jump caches.
+    pub fn flush_page(&mut self, linear: u64) {
+        let index = (linear >> 12) as usize % TLB_ENTRIES;
+        for (tlb, jump) in self.tlb.iter_mut().zip(self.jump.iter_mut()) {
+            tlb.drop_entry(index);
+            jump.clear_page(linear);
+        }
+    }
+}
+
+/// Offsets of the fields that emitted code touches.
+pub mod off {
+    #![allow(missing_docs)]
+    use super::{Cpu, JumpCache, SoftTlb};
+    use std::mem::offset_of;
+
+    pub const RIP: u32 = offset_of!(Cpu, rip) as u32;
+    pub const ARITH: u32 = offset_of!(Cpu, arith) as u32;
+    pub const INTERRUPTS_ON: u32 = offset_of!(Cpu, interrupts_on) as u32;
+    pub const SYSTEM_FLAGS: u32 = offset_of!(Cpu, system_flags) as u32;
+    pub const REQUEST: u32 = offset_of!(Cpu, request) as u32;
+    pub const RETIRED: u32 = offset_of!(Cpu, retired) as u32;
+    pub const TLB_MASK: u32 = offset_of!(Cpu, tlb_mask) as u32;
+    pub const PAGE_MASK: u32 = offset_of!(Cpu, page_mask) as u32;
+    pub const JUMP_MASK: u32 = offset_of!(Cpu, jump_mask) as u32;
+    pub const HOST_RSP: u32 = offset_of!(Cpu, host_rsp) as u32;
+    pub const EXIT_REASON: u32 = offset_of!(Cpu, exit_reason) as u32;
+    pub const EXIT_INFO: u32 = offset_of!(Cpu, exit_info) as u32;
+    pub const MXCSR: u32 = offset_of!(Cpu, mxcsr) as u32;
+    pub const HOST_MXCSR: u32 = offset_of!(Cpu, host_mxcsr) as u32;
+
+    /// Guest general register `n`.
+    pub const fn gpr(n: u8) -> u32 {
+        offset_of!(Cpu, gpr) as u32 + n as u32 * 8
+    }
+    /// Scratch word `n`.
+    pub const fn temp(n: u8) -> u32 {
+        offset_of!(Cpu, temp) as u32 + n as u32 * 8
+    }
+    /// Base of segment `n`.
+    pub const fn seg_base(n: usize) -> u32 {
+        offset_of!(Cpu, seg_base) as u32 + n as u32 * 8
+    }
+    /// YMM register `n`.
+    pub const fn ymm(n: u8) -> u32 {
+        offset_of!(Cpu, ymm) as u32 + n as u32 * 32
+    }
+    /// First tag for loads of TLB `privilege`.
+    pub const fn tlb_read(privilege: usize) -> u32 {
+        (offset_of!(Cpu, tlb) + privilege * size_of::<SoftTlb>() + offset_of!(SoftTlb, read)) as u32
+    }
+    /// First tag for stores.
+    pub const fn tlb_write(privilege: usize) -> u32 {
+        (offset_of!(Cpu, tlb) + privilege * size_of::<SoftTlb>() + offset_of!(SoftTlb, write)) as u32
+    }
+    /// First delta.
+    pub const fn tlb_delta(privilege: usize) -> u32 {
+        (offset_of!(Cpu, tlb) + privilege * size_of::<SoftTlb>() + offset_of!(SoftTlb, delta)) as u32
+    }
+    /// First tag of jump cache `privilege`.
+    pub const fn jump_tag(privilege: usize) -> u32 {
+        (offset_of!(Cpu, jump) + privilege * size_of::<JumpCache>() + offset_of!(JumpCache, tag)) as u32
+    }
+    /// First target.
+    pub const fn jump_target(privilege: usize) -> u32 {
+        (offset_of!(Cpu, jump) + privilege * size_of::<JumpCache>() + offset_of!(JumpCache, target)) as u32
+    }
+}

@@ -1,0 +1,134 @@
+//! The engine itself: what the vCPUs of one machine share.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use strata_engine::x86::{CpuModel, X86};
+use strata_engine::{
+    Doorbell, DoorbellAddress, Engine, EngineError, Inputs, InterruptSink, MachineClock, Vcpu, VcpuId,
+    VcpuStats,
+};
+use strata_memory::GuestMemory;
+
+use crate::apic::{Apic, ApicBus};
+use crate::cpu::request;
+use crate::dispatch::Translated;
+use crate::env::{Doorbells, Env};
+use crate::kick::{CodeWatcher, Timers, VcpuShared};
+use crate::translate::Options;
+
+/// What a translator is made from.
+pub struct TranslatorConfig {
+    /// Guest-physical memory.
+    pub memory: GuestMemory,
+    /// Machine time.
+    pub clock: Arc<MachineClock>,
+    /// The CPU model.
+    pub model: CpuModel,
+    /// vCPUs the machine will have.
+    pub vcpus: u32,
+    /// The reference configuration: one instruction per block, every access through the slow path.
+    pub reference: bool,
+    /// Count retired instructions.
+    pub count: bool,
+}
+
+/// The software engine of one machine.
+pub struct Translator {
+    memory: GuestMemory,
+    clock: Arc<MachineClock>,
+    model: Arc<CpuModel>,
+    options: Options,
+    doorbells: Arc<Doorbells>,
+    bus: Arc<ApicBus>,
+    apics: Mutex<Vec<Option<Arc<Apic>>>>,
+    watcher: Arc<CodeWatcher>,
+    timers: Timers,
+}
+
+impl Translator {
+    /// Prepares the engine. Fails on hosts whose CPU lacks what emitted code uses.
+    pub fn new(config: TranslatorConfig) -> Result<Translator, EngineError> {
+        for (present, name) in [
+            (std::arch::is_x86_feature_detected!("bmi2"), "BMI2"),
+            (std::arch::is_x86_feature_detected!("avx2"), "AVX2"),
+        ] {
+            if !present {
+                return Err(EngineError::Unsupported { engine: "translate", reason: format!("its CPU has no {name}") });
+            }
+        }
+        let timers = Timers::start(Arc::clone(&config.clock))
+            .map_err(|source| EngineError::Host { what: "starting the timer thread", source })?;
+        let watcher = Arc::new(CodeWatcher(Mutex::new(Vec::new())));
+        config.memory.set_observer(watcher.clone());
+        let bus = ApicBus::new(config.clock.tsc_hz());
+        let apics = (0..config.vcpus).map(|id| Some(bus.add(id))).collect();
+        Ok(Translator {
+            memory: config.memory,
+            model: Arc::new(config.model.translated()),
+            clock: config.clock,
+            options: Options { reference: config.reference, count: config.count },
+            doorbells: Arc::default(),
+            bus,
+            apics: Mutex::new(apics),
+            watcher,
+            timers,
+        })
+    }
+
+    /// Creates a vCPU whose inputs are recorded or replayed.
+    pub fn create_with_inputs(&self, id: VcpuId, inputs: Inputs) -> Result<Translated, EngineError> {
+        let taken = {
+            let mut apics = self.apics.lock().unwrap_or_else(PoisonError::into_inner);
+            apics.get_mut(id.0 as usize).and_then(Option::take)
+        };
+        let Some(apic) = taken else {
+            return Err(EngineError::Internal(format!("vCPU {} was created before or is one too many", id.0)));
+        };
+        let shared = Arc::new(VcpuShared::default());
+        let weak = Arc::downgrade(&shared);
+        apic.set_notify(Arc::new(move || {
+            if let Some(shared) = weak.upgrade() {
+                shared.raise(request::INTERRUPT);
+            }
+        }));
+        self.timers.add(&apic);
+        self.watcher.0.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&shared));
+        let env = Env {
+            slots: self.memory.slots(),
+            memory: self.memory.clone(),
+            model: Arc::clone(&self.model),
+            clock: Arc::clone(&self.clock),
+            apic,
+            inputs,
+            stats: VcpuStats::default(),
+            doorbells: Arc::clone(&self.doorbells),
+            divergence: None,
+        };
+        Translated::new(env, self.options, shared)
+    }
+}
+
+impl Engine for Translator {
+    type Arch = X86;
+
+    fn name(&self) -> &'static str {
+        "translate"
+    }
+
+    fn create_vcpu(&self, id: VcpuId) -> Result<Box<dyn Vcpu<X86>>, EngineError> {
+        Ok(Box::new(self.create_with_inputs(id, Inputs::Live)?))
+    }
+
+    fn interrupts(&self) -> Arc<dyn InterruptSink> {
+        Arc::clone(&self.bus) as Arc<dyn InterruptSink>
+    }
+
+    fn add_doorbell(&self, at: DoorbellAddress, bell: Arc<dyn Doorbell>) -> Result<(), EngineError> {
+        self.doorbells.write().unwrap_or_else(PoisonError::into_inner).insert(at, bell);
+        Ok(())
+    }
+
+    fn remove_doorbell(&self, at: DoorbellAddress) {
+        self.doorbells.write().unwrap_or_else(PoisonError::into_inner).remove(&at);
+    }
+}

@@ -1,0 +1,125 @@
+//! From guest bytes to host code: one block at a time.
+//!
+//! Guest registers stay in host registers, with three exceptions forced by what translated code needs for itself:
+//! guest RSP is in R8 (host RSP is the context), guest RCX is in R9 (host RCX is the scratch register that `jrcxz`
+//! tests without touching flags), and guest R8..R11, the least used ones, live in the context. R10 and R11 are the
+//! other scratch registers. Guest arithmetic flags live in the host's EFLAGS and nothing emitted here clobbers them.
+
+mod block;
+mod branch;
+mod memory;
+mod operand;
+mod stack;
+
+pub use block::{Fetch, Translated, translate};
+
+use crate::cpu::{Cpu, control, flags};
+use crate::table::Context;
+
+/// Number of guest instructions in a block at most.
+pub const MAX_INSTRUCTIONS: usize = 48;
+
+/// How a translator is set.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Options {
+    /// One instruction per block, every access through the slow path and the bounce buffer, no chaining.
+    pub reference: bool,
+    /// Count retired instructions.
+    pub count: bool,
+}
+
+/// The mode word: everything besides the bytes that decides what a block means.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Mode(pub u32);
+
+impl Mode {
+    const USER: u32 = 4;
+    const CPL0: u32 = 8;
+    const FPU_TRAP: u32 = 16;
+    const NO_SSE: u32 = 32;
+    const NO_AVX: u32 = 64;
+    const SINGLE: u32 = 128;
+    const NOT_FLAT: u32 = 256;
+    const STACK_16: u32 = 512;
+
+    /// The mode a vCPU is in.
+    pub fn of(cpu: &Cpu) -> Mode {
+        let mut word = match cpu.code_bits() {
+            64 => 2,
+            32 => 1,
+            _ => 0,
+        };
+        match cpu.cpl() {
+            0 => word |= Mode::CPL0,
+            3 => word |= Mode::USER,
+            _ => {}
+        }
+        if cpu.cr0 & (control::CR0_EM | control::CR0_TS) != 0 {
+            word |= Mode::FPU_TRAP;
+        }
+        if cpu.cr4 & control::CR4_OSFXSR == 0 || cpu.cr0 & control::CR0_EM != 0 {
+            word |= Mode::NO_SSE;
+        }
+        if cpu.cr4 & control::CR4_OSXSAVE == 0 || cpu.xcr0 & 6 != 6 {
+            word |= Mode::NO_AVX;
+        }
+        if cpu.system_flags & flags::TF != 0 {
+            word |= Mode::SINGLE;
+        }
+        if word & 3 != 2 {
+            let [es, _, ss, ds, ..] = &cpu.segments;
+            if es.base != 0 || ss.base != 0 || ds.base != 0 {
+                word |= Mode::NOT_FLAT;
+            }
+            if !ss.default_32() {
+                word |= Mode::STACK_16;
+            }
+        }
+        Mode(word)
+    }
+
+    /// The same mode, for exactly one instruction.
+    pub fn single(self) -> Mode {
+        Mode(self.0 | Mode::SINGLE)
+    }
+
+    /// Code size in bits.
+    pub fn bits(self) -> u32 {
+        match self.0 & 3 {
+            2 => 64,
+            1 => 32,
+            _ => 16,
+        }
+    }
+
+    /// CPL 3.
+    pub fn user(self) -> bool {
+        self.0 & Mode::USER != 0
+    }
+
+    /// One instruction, then back to the dispatcher.
+    pub fn is_single(self) -> bool {
+        self.0 & Mode::SINGLE != 0
+    }
+
+    /// Some of DS, ES, SS has a base.
+    pub fn segmented(self) -> bool {
+        self.0 & Mode::NOT_FLAT != 0
+    }
+
+    /// SP instead of ESP.
+    pub fn stack_16(self) -> bool {
+        self.0 & Mode::STACK_16 != 0
+    }
+
+    /// What the instruction table needs to know.
+    pub fn context(self) -> Context {
+        Context {
+            bits: self.bits(),
+            cpl0: self.0 & Mode::CPL0 != 0,
+            fpu_trap: self.0 & Mode::FPU_TRAP != 0,
+            no_sse: self.0 & Mode::NO_SSE != 0,
+            no_avx: self.0 & Mode::NO_AVX != 0,
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Memory operands: the address, the inlined soft-TLB check, the slow path.
+
+use iced_x86::{Instruction, Register};
+
+use super::block::{Builder, Cold};
+use super::operand::host_register;
+use crate::asm::reg::{R10, R11, RCX};
+use crate::code::{FaultPoint, MemSite};
+use crate::cpu::off;
+use crate::mmu::OperandAccess;
+
+/// Number of a segment register as in `Cpu::segments`.
+pub(super) fn segment_number(register: Register) -> usize {
+    match register {
+        Register::ES => 0,
+        Register::CS => 1,
+        Register::SS => 2,
+        Register::FS => 4,
+        Register::GS => 5,
+        _ => 3,
+    }
+}
+
+impl Builder<'_> {
+    /// Computes the effective address of the memory operand into R10, without segment base. Clobbers R11.
+    /// `adjust` is added to RSP-based addresses (POP computes its address after the increment).
+    pub fn effective_address(&mut self, instr: &Instruction, adjust: i32) {
+        let base = instr.memory_base();
+        let index = instr.memory_index();
+        if instr.is_ip_rel_memory_operand() {
+            let address = instr.ip_rel_memory_address();
+            self.asm.mov_imm(R10, address);
+            return;
+        }
+        let displacement = instr.memory_displacement64();
+        if base == Register::None && index == Register::None {
+            self.asm.mov_imm(R10, displacement);
+            return;
+        }
+        let size = if base == Register::None { index.size() } else { base.size() };
+        let rsp_based = base.full_register() == Register::RSP;
+        let disp = (displacement as i32).wrapping_add(if rsp_based { adjust } else { 0 });
+        let base = (base != Register::None).then(|| self.address_register(base, R10));
+        let index = (index != Register::None)
+            .then(|| (self.address_register(index, R11), instr.memory_index_scale() as u8));
+        self.asm.lea(R10, base, index, disp, size < 8);
+        if size == 2 {
+            // movzx r10d, r10w
+            self.asm.bytes(&[0x45, 0x0f, 0xb7, 0xd2]);
+        }
+    }
+
+    /// Host register that holds an address register, loaded into `scratch` if it lives in the context.
+    fn address_register(&mut self, register: Register, scratch: u8) -> u8 {
+        let number = register.full_register().number() as u8;
+        host_register(number).unwrap_or_else(|| {
+            self.asm.load_ctx(scratch, off::gpr(number));
+            scratch
+        })
+    }
+
+    /// Adds the base of segment `seg` to R10 where it is not zero by definition. Clobbers R11.
+    pub fn add_segment(&mut self, seg: usize) {
+        let wide = self.mode.bits() == 64;
+        let needed = if wide { seg >= 4 } else { seg >= 4 || self.mode.segmented() || seg == 1 };
+        if needed {
+            self.asm.load_ctx(R11, off::seg_base(seg));
+            self.asm.lea(R10, Some(R10), Some((R11, 1)), 0, !wide);
+        }
+    }
+
+    /// Computes the linear address of the memory operand into R10.
+    pub fn linear_address(&mut self, instr: &Instruction, adjust: i32) {
+        self.effective_address(instr, adjust);
+        self.add_segment(segment_number(instr.memory_segment()));
+    }
+
+    /// Emits an access at linear address R10 of `size` bytes: the check, then `op`, which finds its operand at
+    /// `[R10 + R11]` and may use RCX. `op` must not depend on where it is placed; a store runs a second copy of it
+    /// in the slow path. It returns the offset, from its start, of a host instruction that may fault by itself.
+    pub fn access(
+        &mut self,
+        instr: &Instruction,
+        access: OperandAccess,
+        size: usize,
+        stack: bool,
+        op: impl FnOnce(&mut Self) -> Option<FaultPoint>,
+    ) {
+        let site = self.code.add_mem_site(MemSite {
+            rip: instr.ip(),
+            size: size as u8,
+            access,
+            stack,
+            index: self.index,
+            next: self.after_store,
+        });
+        let store = access != OperandAccess::Read;
+        if self.options.reference {
+            self.asm.mov_imm(RCX, u64::from(site));
+            self.asm.call_to(self.stubs.slow);
+            op(self);
+            if store {
+                self.commit(site);
+            }
+            return;
+        }
+        let privilege = self.privilege();
+        let tag = if store { off::tlb_write(privilege) } else { off::tlb_read(privilege) };
+        self.asm.pext_ctx(R11, R10, off::TLB_MASK);
+        self.asm.load(RCX, crate::asm::reg::RSP, Some((R11, 8)), tag as i32);
+        self.asm.lea(RCX, Some(RCX), Some((R10, 1)), size as i32 - 1, false);
+        self.asm.pext_ctx(RCX, RCX, off::PAGE_MASK);
+        let mut from = self.asm.here();
+        self.asm.unless_rcx_zero(|asm| from = asm.jmp_later());
+        self.asm.load(R11, crate::asm::reg::RSP, Some((R11, 8)), off::tlb_delta(privilege) as i32);
+        let start = self.asm.here();
+        let point = op(self);
+        let end = self.asm.here();
+        let copy = store.then(|| {
+            let bytes = self.asm.code.get(start.0..end.0).unwrap_or(&[]).to_vec();
+            (bytes, point.map(|point| (point.offset as usize - start.0, point)))
+        });
+        let back = if store { end } else { start };
+        self.cold.push(Cold::Slow { from, site, back, op: copy });
+    }
+
+    /// After a store that may have gone to the bounce buffer: writes it back.
+    fn commit(&mut self, site: u32) {
+        let commit = self.stubs.commit;
+        self.asm.load_ctx(RCX, off::temp(2));
+        self.asm.unless_rcx_zero(|asm| {
+            asm.mov_imm(RCX, u64::from(site));
+            asm.call_to(commit);
+        });
+    }
+
+    /// The slow path of one operand.
+    pub(super) fn emit_slow(
+        &mut self,
+        from: crate::asm::Here,
+        site: u32,
+        back: crate::asm::Here,
+        op: Option<(Vec<u8>, Option<(usize, FaultPoint)>)>,
+    ) {
+        self.asm.patch_here(from);
+        self.asm.mov_imm(RCX, u64::from(site));
+        self.asm.call_to(self.stubs.slow);
+        if let Some((bytes, point)) = op {
+            if let Some((offset, point)) = point {
+                let at = self.asm.here().0 + offset;
+                self.points.push(FaultPoint { offset: at as u32, ..point });
+            }
+            self.asm.bytes(&bytes);
+            self.commit(site);
+        }
+        self.asm.jmp(back);
+    }
+}
