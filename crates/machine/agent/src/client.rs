@@ -58,6 +58,8 @@ fn connect_once(socket: &Path, port: u32, patience: Duration) -> io::Result<Unix
 #[derive(Debug)]
 pub struct Client<R> {
     reader: R,
+    /// Where bytes land on their way to the endpoint.
+    buffer: Vec<u8>,
     shared: Arc<Shared>,
 }
 
@@ -166,7 +168,12 @@ impl<R: Read> Client<R> {
         thread::Builder::new()
             .name("agent-writer".to_owned())
             .spawn(move || of_writer.write_all_to(writer))?;
-        let mut client = Client { reader, shared };
+        let buffer = vec![0; 64 << 10];
+        let mut client = Client {
+            reader,
+            buffer,
+            shared,
+        };
         match client.next_event()? {
             Event::Greeted { .. } => Ok(client),
             // The endpoint lets nothing else come first.
@@ -214,14 +221,13 @@ impl<R: Read> Client<R> {
     }
 
     fn next_event(&mut self) -> Result<Event, ClientError> {
-        let mut buffer = vec![0; 64 << 10];
         loop {
             let mut state = self.shared.lock();
             if let Some(event) = state.endpoint.next_event()? {
                 return Ok(event);
             }
             drop(state);
-            let length = match self.reader.read(&mut buffer) {
+            let length = match self.reader.read(&mut self.buffer) {
                 Ok(0) => return Err(closed()),
                 Ok(length) => length,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -230,7 +236,7 @@ impl<R: Read> Client<R> {
             self.shared
                 .lock()
                 .endpoint
-                .receive(buffer.get(..length).unwrap_or_default());
+                .receive(self.buffer.get(..length).unwrap_or_default());
         }
     }
 }
@@ -321,7 +327,7 @@ impl Input {
         self.shared.send(&Message::StdinEof)
     }
 
-    /// Sends a signal to the program.
+    /// Sends a signal to the program and what it runs: see [`Message::Signal`].
     pub fn signal(&self, number: u8) -> Result<(), ClientError> {
         self.shared.send(&Message::Signal(number))
     }

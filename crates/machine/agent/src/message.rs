@@ -86,7 +86,8 @@ pub enum Message {
     Stdin(Vec<u8>),
     /// Host: no more data comes. With a terminal this is its end-of-file character.
     StdinEof,
-    /// Host: send this signal to the program; with a terminal, to its foreground process group.
+    /// Host: send this signal to the program's process group (as a terminal's interrupt key would reach a script and what
+    /// it runs); with a terminal, to its foreground process group.
     Signal(u8),
     /// Host: the terminal has a new size.
     Resize {
