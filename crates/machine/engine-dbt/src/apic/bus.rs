@@ -98,7 +98,7 @@ impl ApicBus {
     /// Delivers a message of the APIC with ID `sender`.
     pub(super) fn send_from(&self, sender: u32, message: &Message) {
         let apics = self.apics.read().unwrap_or_else(PoisonError::into_inner);
-        let mut targets = apics.iter().filter(|apic| match message.destination {
+        let targets = apics.iter().filter(|apic| match message.destination {
             Destination::All => true,
             Destination::Myself => apic.id() == sender,
             Destination::Others => apic.id() != sender,

@@ -66,6 +66,7 @@ pub struct Machine {
     pub env: Env,
     pub bus: Ports,
     code: CodeMap,
+    _apics: Arc<ApicBus>,
 }
 
 pub fn flat(selector: u16, attributes: u16) -> Segment {
@@ -78,18 +79,20 @@ impl Machine {
         let memory = GuestMemory::new();
         memory.add_slot(Gpa(0), 16 << 20, SlotKind::Ram).unwrap();
         let clock = Arc::new(MachineClock::new(2_500_000_000));
+        let apics = ApicBus::new(2_500_000_000);
         let env = Env {
             slots: memory.slots(),
             memory,
             model: Arc::new(CpuModel::named("baseline").unwrap().translated()),
             clock,
-            apic: ApicBus::new(2_500_000_000).add(0),
+            apic: apics.add(0),
             inputs: Inputs::Live,
             stats: VcpuStats::default(),
             doorbells: Arc::default(),
             divergence: None,
         };
-        let mut machine = Machine { cpu: Cpu::new(), env, bus: Ports::default(), code: CodeMap::new().unwrap() };
+        let code = CodeMap::new().unwrap();
+        let mut machine = Machine { cpu: Cpu::new(), env, bus: Ports::default(), code, _apics: apics };
         machine.lay_out();
         machine
     }
