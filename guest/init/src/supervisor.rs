@@ -20,7 +20,7 @@ use crate::options::Options;
 use crate::program::{self, User};
 use crate::system::{self, Ended, Ending, Signals};
 
-/// How long processes may take to end after SIGTERM, in milliseconds.
+/// How long processes may take to end when told to, in milliseconds.
 const GRACE_MS: i64 = 2_000;
 
 /// Does all that is left of booting, then lives until the machine ends. Returns only on failure.
@@ -200,7 +200,9 @@ fn active_console() -> String {
 
 /// Ends every other process, writes back and unmounts disks, and ends the machine.
 fn end(ending: Ending, signals: &Signals) -> io::Error {
-    if system::kill(-1, libc::SIGTERM).is_ok() {
+    // Interactive shells ignore SIGTERM; they end when their terminal does.
+    let told = [libc::SIGTERM, libc::SIGHUP].map(|signal| system::kill(-1, signal).is_ok());
+    if told.contains(&true) {
         let mut left_ms = GRACE_MS;
         // No children is an error of `reap`, and the end of the wait.
         while left_ms > 0 {
