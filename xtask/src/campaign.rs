@@ -1,6 +1,6 @@
 //! `cargo xtask campaign`: a long comparison with fresh seeds, noted in a ledger whatever its result.
 //!
-//! A campaign NAME is a binary of `strata-engine-dbt` that takes `--seconds N --seed S` and ends with the line
+//! A campaign NAME is a binary of the workspace that takes `--seconds N --seed S` and ends with the line
 //! `campaign: <count> cases, <differences> differences, seed <seed>`.
 
 use std::fs::{self, OpenOptions};
@@ -49,13 +49,7 @@ pub fn run(arguments: &CampaignArguments) -> Result<ExitCode> {
         )?,
     };
     let commit = commit()?;
-    let binary = [
-        "--release",
-        "--package",
-        "strata-engine-dbt",
-        "--bin",
-        arguments.name.as_str(),
-    ];
+    let binary = ["--release", "--bin", arguments.name.as_str()];
     shell::run(shell::cargo().arg("build").args(binary))?;
     let start = Instant::now();
     let seconds = arguments.minutes.saturating_mul(60);
