@@ -109,7 +109,7 @@ impl Apic {
 
     /// How many vCPUs the machine has.
     pub fn vcpus(&self) -> u32 {
-        self.bus.upgrade().map_or(1, |bus| bus.len())
+        self.bus.upgrade().map_or(1, |bus| bus.count())
     }
 
     /// True if something may wait for the vCPU. Without a lock.

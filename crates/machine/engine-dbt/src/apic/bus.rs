@@ -86,7 +86,7 @@ impl ApicBus {
     }
 
     /// How many APICs there are.
-    pub fn len(&self) -> u32 {
+    pub fn count(&self) -> u32 {
         self.apics.read().unwrap_or_else(PoisonError::into_inner).len() as u32
     }
 

@@ -488,7 +488,7 @@ impl Registers {
     /// Nanoseconds per tick of the count registers.
     fn tick_ns(&self) -> u64 {
         let code = self.get(reg::TIMER_DIVIDE);
-        let exponent = (code & 3 | code >> 1 & 4) + 1 & 7;
+        let exponent = ((code & 3 | code >> 1 & 4) + 1) & 7;
         (1 << exponent) * (1_000_000_000 / APIC_BUS_HZ)
     }
 

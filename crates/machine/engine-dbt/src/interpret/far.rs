@@ -9,6 +9,9 @@ use super::segment::{Descriptor, invalid_tss, not_present, selector_error, syste
 use crate::cpu::flags;
 use crate::env::{Access, Exec, Fault};
 
+/// Bytes of the largest frame: a call gate's 31 parameters, the old stack and the return address.
+const FRAME_MAX: usize = 35 * 8;
+
 /// A stack to switch to.
 #[derive(Clone, Copy, Debug)]
 pub struct NewStack {
@@ -251,10 +254,13 @@ impl Exec<'_> {
         if outside {
             return Err(Fault::stack(selector_error(stack.segment.selector) | ext));
         }
-        let frame: Vec<u8> =
-            values.iter().rev().flat_map(|v| v.to_le_bytes().into_iter().take(size)).collect();
+        let mut frame = [0u8; FRAME_MAX];
+        let frame = frame.get_mut(..bytes as usize).unwrap_or(&mut []);
+        for (slot, value) in frame.chunks_exact_mut(size).rev().zip(values) {
+            slot.copy_from_slice(value.to_le_bytes().get(..size).unwrap_or(&[0; 8]));
+        }
         // A frame at privilege 3 is written as the (current) user would.
-        if cpl == 3 { self.store(linear, &frame)? } else { self.store_system(linear, &frame)? }
+        if cpl == 3 { self.store(linear, frame)? } else { self.store_system(linear, frame)? }
         Ok(pointer)
     }
 

@@ -56,9 +56,8 @@ impl Exec<'_> {
         let cpl = self.cpu.cpl();
         let from_64 = self.cpu.code_64();
         let mut stack = self.stack();
-        let rip = self.pop(&mut stack, size)?;
-        let selector = self.pop(&mut stack, size)? as u16;
-        let image = self.pop(&mut stack, size)?;
+        let [rip, selector, image] = self.pop_many(&mut stack, size)?;
+        let selector = selector as u16;
         if image & flags::VM != 0 && cpl == 0 && size == 4 && !self.cpu.long_mode() {
             return self.return_to_virtual_8086(stack, rip, selector, image);
         }
@@ -66,9 +65,8 @@ impl Exec<'_> {
         let new_cpl = (selector & 3) as u8;
         // 64-bit code always has a stack in its frame.
         let frame_stack = if from_64 || new_cpl > cpl {
-            let rsp = self.pop(&mut stack, size)?;
-            let ss = self.pop(&mut stack, size)? as u16;
-            Some((self.fetch_stack_segment(ss, new_cpl, code.is_long_code(), Fault::protection)?, rsp))
+            let [rsp, ss] = self.pop_many(&mut stack, size)?;
+            Some((self.fetch_stack_segment(ss as u16, new_cpl, code.is_long_code(), Fault::protection)?, rsp))
         } else {
             None
         };

@@ -13,7 +13,7 @@ const RBP: usize = 5;
 fn byte_flags(value: u8) -> u64 {
     let zero = if value == 0 { ZF } else { 0 };
     let sign = if value & 0x80 != 0 { SF } else { 0 };
-    let parity = if value.count_ones() % 2 == 0 { PF } else { 0 };
+    let parity = if value.count_ones().is_multiple_of(2) { PF } else { 0 };
     zero | sign | parity
 }
 

@@ -112,7 +112,6 @@ impl Exec<'_> {
             // Nothing that runs here can be locked, except MOV CR0 in AMD's way of writing CR8.
             return Err(Fault::UNDEFINED);
         }
-        self.check_vector_enabled(instr)?;
         if instr.is_string_instruction() {
             return self.string_instruction(instr);
         }
@@ -177,21 +176,27 @@ impl Exec<'_> {
             M::Fxrstor | M::Fxrstor64 => self.fxrstor(instr),
             M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 => self.xsave(instr),
             M::Xrstor | M::Xrstor64 => self.xrstor(instr),
-            M::Fnstenv => self.fnstenv(instr),
-            M::Fldenv => self.fldenv(instr),
-            M::Fnsave => self.fnsave(instr),
-            M::Frstor => self.frstor(instr),
-
-            M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => self.mask_bytes(instr),
-            M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => self.mask_lanes(instr),
-            _ if instr.is_vsib() => self.gather(instr),
-
             M::Aaa | M::Aas | M::Aam | M::Aad | M::Daa | M::Das | M::Salc => self.decimal(instr),
             M::Pusha | M::Pushad => self.push_all(instr),
             M::Popa | M::Popad => self.pop_all(instr),
             M::Enter => self.enter(instr),
             M::Bound => self.bound(instr),
             M::Xlatb => self.translate_byte(instr),
+            _ => self.run_vector(instr),
+        }
+    }
+
+    /// x87, MMX and vector instructions. Those that are translated come here while control registers forbid them.
+    fn run_vector(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
+        self.check_vector_enabled(instr)?;
+        match instr.mnemonic() {
+            M::Fnstenv => self.fnstenv(instr),
+            M::Fldenv => self.fldenv(instr),
+            M::Fnsave => self.fnsave(instr),
+            M::Frstor => self.frstor(instr),
+            M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => self.mask_bytes(instr),
+            M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => self.mask_lanes(instr),
+            _ if instr.is_vsib() => self.gather(instr),
             _ => Err(Fault::UNDEFINED),
         }
     }

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use crate::cpu::Ymm;
+use crate::cpu::{TLB_ENTRIES, Ymm};
 use crate::env::{Access, Exec, Fault};
 
 /// Index of RSP in [`crate::cpu::Cpu::gpr`].
@@ -119,18 +119,60 @@ impl Exec<'_> {
         }))
     }
 
+    /// Host address of `size` bytes whose page the soft TLB holds for this access: plain RAM, without a page walk.
+    pub fn tlb_hit(&self, linear: u64, size: usize, access: Access) -> Option<*mut u8> {
+        let tlb = self.cpu.tlb.get(self.cpu.privilege() as usize)?;
+        let index = (linear >> 12) as usize % TLB_ENTRIES;
+        let tags = if access == Access::Write { &tlb.write } else { &tlb.read };
+        let in_page = linear.wrapping_add(*tags.get(index)?);
+        (in_page <= 4096u64.checked_sub(size as u64)?)
+            .then(|| linear.wrapping_add(tlb.delta.get(index).copied().unwrap_or(0)) as *mut u8)
+    }
+
+    /// Like [`Exec::ram_window`], but asks the soft TLB first.
+    pub fn quick_window(&mut self, linear: u64, access: Access) -> Result<Option<(*mut u8, usize)>, Fault> {
+        match self.tlb_hit(linear, 1, access) {
+            Some(host) => Ok(Some((host, 4096 - (linear & 0xfff) as usize))),
+            None => self.ram_window(linear, access),
+        }
+    }
+
+    /// Loads at the current privilege, from the soft TLB's page if it has it.
+    pub fn quick_load(&mut self, linear: u64, into: &mut [u8]) -> Result<(), Fault> {
+        match self.tlb_hit(linear, into.len(), Access::Read) {
+            Some(host) => {
+                // SAFETY: the TLB says that this page of guest RAM is mapped there; the guest may race, so bytes.
+                unsafe { host.copy_to(into.as_mut_ptr(), into.len()) };
+                Ok(())
+            }
+            None => self.load(linear, into),
+        }
+    }
+
+    /// Stores at the current privilege, to the soft TLB's page if it has it.
+    pub fn quick_store(&mut self, linear: u64, from: &[u8]) -> Result<(), Fault> {
+        match self.tlb_hit(linear, from.len(), Access::Write) {
+            Some(host) => {
+                // SAFETY: as above; a tag for stores promises that the page is writable and holds no code.
+                unsafe { host.copy_from(from.as_ptr(), from.len()) };
+                Ok(())
+            }
+            None => self.store(linear, from),
+        }
+    }
+
     /// Reads up to 8 bytes at a linear address.
     pub fn load_sized(&mut self, linear: u64, size: usize) -> Result<u64, Fault> {
         let mut bytes = [0; 8];
         if let Some(part) = bytes.get_mut(..size) {
-            self.load(linear, part)?;
+            self.quick_load(linear, part)?;
         }
         Ok(u64::from_le_bytes(bytes))
     }
 
     /// Writes up to 8 bytes at a linear address.
     pub fn store_sized(&mut self, linear: u64, value: u64, size: usize) -> Result<(), Fault> {
-        self.store(linear, value.to_le_bytes().get(..size).unwrap_or(&[]))
+        self.quick_store(linear, value.to_le_bytes().get(..size).unwrap_or(&[]))
     }
 
     /// Reads operand `op`: a register, an immediate or memory of the size the instruction says.
@@ -208,6 +250,32 @@ impl Exec<'_> {
             self.push(stack, value, size)?;
         }
         Ok(())
+    }
+
+    /// Pops `N` values of `size` bytes, with one access where they lie in a row.
+    pub fn pop_many<const N: usize>(&mut self, stack: &mut Stack, size: usize) -> Result<[u64; N], Fault> {
+        let mut values = [0; N];
+        let mut bytes = [0; 64];
+        let total = N * size;
+        let in_a_row = stack.pointer.checked_add(total as u64).is_some_and(|end| end <= stack.mask);
+        let frame = bytes.get_mut(..total).filter(|_| in_a_row && self.cpu.code_64());
+        let Some(frame) = frame else {
+            for value in &mut values {
+                *value = self.pop(stack, size)?;
+            }
+            return Ok(values);
+        };
+        let linear = self.linear(SS, stack.pointer, total, Access::Read)?;
+        self.quick_load(linear, frame)?;
+        for (value, slot) in values.iter_mut().zip(frame.chunks_exact(size)) {
+            let mut word = [0; 8];
+            if let Some(part) = word.get_mut(..size) {
+                part.copy_from_slice(slot);
+            }
+            *value = u64::from_le_bytes(word);
+        }
+        stack.pointer = stack.pointer.wrapping_add(total as u64);
+        Ok(values)
     }
 
     /// Pops `size` bytes.

@@ -16,7 +16,7 @@ fn scale(tsc_hz: u64) -> (u32, i8) {
     // The largest factor below 2^32 has the best resolution.
     let factor = |shift: i8| {
         let ns = 1_000_000_000u128 << (64 - shift);
-        ns / u128::from(tsc_hz.max(1)) >> 32
+        (ns / u128::from(tsc_hz.max(1))) >> 32
     };
     while factor(shift) > u128::from(u32::MAX) && shift < 31 {
         shift += 1;

@@ -229,7 +229,7 @@ pub fn compare_flags(left: u64, right: u64, size: usize) -> u64 {
     let mut out = 0;
     for (bit, on) in [
         (flags::CF, left < right),
-        (flags::PF, (result as u8).count_ones() % 2 == 0),
+        (flags::PF, (result as u8).count_ones().is_multiple_of(2)),
         (flags::AF, (left ^ right ^ result) & 0x10 != 0),
         (flags::ZF, result == 0),
         (flags::SF, result & sign != 0),

@@ -58,7 +58,7 @@ impl Exec<'_> {
         if in_page + size > 0x1000 {
             return Ok(None);
         }
-        let Some((at, _)) = self.ram_window(linear, access)? else { return Ok(None) };
+        let Some((at, _)) = self.quick_window(linear, access)? else { return Ok(None) };
         let mut elements = if op.down { in_page / size + 1 } else { (0x1000 - in_page) / size };
         // Not around the end of the address size.
         elements = elements.min(if op.down { offset / size + 1 } else { (op.address_mask() - offset) / size + 1 });

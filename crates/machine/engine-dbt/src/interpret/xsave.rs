@@ -102,37 +102,34 @@ impl Exec<'_> {
         if self.cpu.code_64() { 16 } else { 8 }
     }
 
-    /// The low halves of the vector registers.
-    fn xmm_bytes(&self) -> Vec<u8> {
-        let registers = self.cpu.ymm.0.iter().take(self.vector_count());
-        registers.flat_map(|[a, b, ..]| [a.to_le_bytes(), b.to_le_bytes()].concat()).collect()
-    }
-
-    /// Replaces the low halves.
-    fn set_xmm(&mut self, bytes: &[u8]) {
-        let count = self.vector_count();
-        for (i, [a, b, ..]) in self.cpu.ymm.0.iter_mut().take(count).enumerate() {
-            *a = u64::from_le_bytes(get(bytes, i * 16));
-            *b = u64::from_le_bytes(get(bytes, i * 16 + 8));
+    /// The low halves of the vector registers, or the high ones: 16 bytes each.
+    fn vector_halves(&self, high: bool) -> [u8; 256] {
+        let mut out = [0; 256];
+        for (to, [a, b, c, d]) in out.chunks_exact_mut(16).zip(&self.cpu.ymm.0) {
+            let (first, second) = if high { (c, d) } else { (a, b) };
+            put(to, 0, &first.to_le_bytes());
+            put(to, 8, &second.to_le_bytes());
         }
+        out
     }
 
-    fn ymm_high_bytes(&self) -> Vec<u8> {
-        let registers = self.cpu.ymm.0.iter().take(self.vector_count());
-        registers.flat_map(|[.., c, d]| [c.to_le_bytes(), d.to_le_bytes()].concat()).collect()
-    }
-
-    fn set_ymm_high(&mut self, bytes: &[u8]) {
+    /// Replaces the low halves, or the high ones, of the registers that the current code can name.
+    fn set_vector_halves(&mut self, high: bool, bytes: &[u8]) {
         let count = self.vector_count();
-        for (i, [.., c, d]) in self.cpu.ymm.0.iter_mut().take(count).enumerate() {
-            *c = u64::from_le_bytes(get(bytes, i * 16));
-            *d = u64::from_le_bytes(get(bytes, i * 16 + 8));
+        for (i, [a, b, c, d]) in self.cpu.ymm.0.iter_mut().take(count).enumerate() {
+            let (first, second) = if high { (c, d) } else { (a, b) };
+            *first = u64::from_le_bytes(get(bytes, i * 16));
+            *second = u64::from_le_bytes(get(bytes, i * 16 + 8));
         }
     }
 
     /// XINUSE: the components that are not in their initial state.
     pub(super) fn components_in_use(&mut self) -> u64 {
         let image = self.x87_image();
+        self.in_use(&image)
+    }
+
+    fn in_use(&self, image: &Image) -> u64 {
         let initial = initial_image();
         let x87 = image.get(..MXCSR_AT) != initial.get(..MXCSR_AT)
             || image.get(REGISTERS_AT..XMM_AT).is_some_and(|registers| registers.iter().any(|&b| b != 0));
@@ -142,7 +139,7 @@ impl Exec<'_> {
     }
 
     fn area(&mut self, linear: u64, size: usize, access: Access) -> Result<Area, Fault> {
-        let first = self.ram_window(linear, access)?;
+        let first = self.quick_window(linear, access)?;
         let direct = first.filter(|(_, left)| *left >= size).map(|(at, _)| at);
         if direct.is_none() {
             self.probe(linear, size, access)?;
@@ -157,7 +154,7 @@ impl Exec<'_> {
                 unsafe { host.add(at as usize).copy_from(bytes.as_ptr(), bytes.len()) };
                 Ok(())
             }
-            None => self.store(area.linear.wrapping_add(at), bytes),
+            None => self.quick_store(area.linear.wrapping_add(at), bytes),
         }
     }
 
@@ -168,7 +165,7 @@ impl Exec<'_> {
                 unsafe { host.add(at as usize).copy_to(bytes.as_mut_ptr(), bytes.len()) };
                 Ok(())
             }
-            None => self.load(area.linear.wrapping_add(at), bytes),
+            None => self.quick_load(area.linear.wrapping_add(at), bytes),
         }
     }
 
@@ -186,10 +183,9 @@ impl Exec<'_> {
         let mut image = self.x87_image();
         put(&mut image, MXCSR_AT, &self.cpu.mxcsr.to_le_bytes());
         put(&mut image, MXCSR_AT + 4, &MXCSR_MASK.to_le_bytes());
-        let xmm = self.xmm_bytes();
-        put(&mut image, XMM_AT, &xmm);
-        // What lies beyond the registers belongs to software.
-        self.store(linear, image.get(..XMM_AT + xmm.len()).unwrap_or(&image))?;
+        put(&mut image, XMM_AT, &self.vector_halves(false));
+        // What lies beyond the registers is left as it was.
+        self.store(linear, image.get(..XMM_AT + self.vector_count() * 16).unwrap_or(&image))?;
         Ok(Flow::Next)
     }
 
@@ -203,7 +199,7 @@ impl Exec<'_> {
         }
         self.set_x87_image(&image);
         self.cpu.mxcsr = mxcsr;
-        self.set_xmm(image.get(XMM_AT..).unwrap_or(&[]));
+        self.set_vector_halves(false, image.get(XMM_AT..).unwrap_or(&[]));
         Ok(Flow::Next)
     }
 
@@ -226,24 +222,22 @@ impl Exec<'_> {
         let optimised = matches!(instr.mnemonic(), Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64);
         let (linear, requested) = self.xsave_address(instr, Access::Write)?;
         let area = self.area(linear, xsave_size(requested) as usize, Access::Write)?;
-        let in_use = self.components_in_use();
+        let image = self.x87_image();
+        let in_use = self.in_use(&image);
         let wanted = if optimised { requested & in_use } else { requested };
         if wanted & X87 != 0 {
-            let image = self.x87_image();
             self.area_put(&area, 0, image.get(..MXCSR_AT).unwrap_or(&[]))?;
             self.area_put(&area, REGISTERS_AT as u64, image.get(REGISTERS_AT..XMM_AT).unwrap_or(&[]))?;
         }
         if requested & (SSE | AVX) != 0 {
-            let pair = [self.cpu.mxcsr.to_le_bytes(), MXCSR_MASK.to_le_bytes()].concat();
-            self.area_put(&area, MXCSR_AT as u64, &pair)?;
+            let pair = u64::from(MXCSR_MASK) << 32 | u64::from(self.cpu.mxcsr);
+            self.area_put(&area, MXCSR_AT as u64, &pair.to_le_bytes())?;
         }
-        if wanted & SSE != 0 {
-            let xmm = self.xmm_bytes();
-            self.area_put(&area, XMM_AT as u64, &xmm)?;
-        }
-        if wanted & AVX != 0 {
-            let ymm = self.ymm_high_bytes();
-            self.area_put(&area, YMM_AT, &ymm)?;
+        for (component, at, high) in [(SSE, XMM_AT as u64, false), (AVX, YMM_AT, true)] {
+            if wanted & component != 0 {
+                let halves = self.vector_halves(high);
+                self.area_put(&area, at, halves.get(..self.vector_count() * 16).unwrap_or(&halves))?;
+            }
         }
         let mut present = [0; 8];
         self.area_get(&area, HEADER_AT, &mut present)?;
@@ -282,11 +276,11 @@ impl Exec<'_> {
         }
         if requested & SSE != 0 {
             let xmm = bytes.get(XMM_AT..416).filter(|_| present & SSE != 0).unwrap_or(&[]);
-            self.set_xmm(xmm);
+            self.set_vector_halves(false, xmm);
         }
         if requested & AVX != 0 {
             let ymm = bytes.get(YMM_AT as usize..).filter(|_| present & AVX != 0).unwrap_or(&[]);
-            self.set_ymm_high(ymm);
+            self.set_vector_halves(true, ymm);
         }
         Ok(Flow::Next)
     }

@@ -236,3 +236,23 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn pages_that_the_soft_tlb_holds_are_used_as_they_are() {
+    let mut machine = Machine::new();
+    machine.put(DATA, b"0123456789abcdef");
+    // Entries as translated code would have left them: loads from DATA's page, stores to the next one.
+    let mut pending = None;
+    for (at, access) in [(DATA, crate::mmu::OperandAccess::Read), (DATA + 4096, crate::mmu::OperandAccess::Write)] {
+        machine.exec().slow_access(at, 8, access, false, false, &mut pending).unwrap();
+    }
+    assert!(pending.is_none());
+    // The walk would fault now; only the TLB knows the pages.
+    machine.put_u64(0x1000, 0);
+    (machine.cpu.gpr[1], machine.cpu.gpr[6], machine.cpu.gpr[7]) = (16, DATA, DATA + 4096);
+    machine.finish(&[0xf3, 0xa4]).unwrap();
+    assert_eq!(&machine.bytes::<16>(DATA + 4096), b"0123456789abcdef");
+    (machine.cpu.gpr[1], machine.cpu.gpr[7]) = (1, DATA);
+    machine.cpu.tlb[0].drop_writes();
+    assert_eq!(machine.run(&[0xf3, 0xaa]).unwrap_err().vector, 14);
+}
