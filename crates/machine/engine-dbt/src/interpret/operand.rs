@@ -87,6 +87,11 @@ impl Exec<'_> {
     pub fn segment_of(&self, instr: &Instruction, op: u32) -> usize {
         match instr.op_kind(op) {
             OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI => 0,
+            // In 64-bit code overrides of anything but FS and GS mean nothing.
+            OpKind::Memory if self.cpu.code_64() && !matches!(instr.memory_segment(), Register::FS | Register::GS) => {
+                let stack = matches!(instr.memory_base().full_register(), Register::RSP | Register::RBP);
+                if stack { 2 } else { 3 }
+            }
             _ => instr.memory_segment().number(),
         }
     }

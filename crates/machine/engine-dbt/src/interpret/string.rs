@@ -19,8 +19,8 @@ const ES: usize = 0;
 
 /// Bytes a repeated instruction works on before interrupts get a chance.
 const WORK_BYTES: usize = 64 << 10;
-/// Elements a repeated port instruction moves before interrupts get a chance.
-const PORT_WORK: u64 = 1024;
+/// What an element costs of that if it takes the general path: device memory, ports, pages that hold code.
+const ELEMENT_COST: u64 = 64;
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Operation {
@@ -111,8 +111,7 @@ impl Exec<'_> {
     pub(super) fn string_instruction(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
         let down = self.cpu.system_flags & flags::DF != 0;
         let Some(op) = StringOp::new(instr, down) else { return Err(Fault::UNDEFINED) };
-        let ports = matches!(op.operation, Operation::In | Operation::Out);
-        if ports {
+        if matches!(op.operation, Operation::In | Operation::Out) {
             self.check_port(self.reg(RDX) as u16, op.size)?;
         }
         if op.repeat == Repeat::Once {
@@ -120,11 +119,7 @@ impl Exec<'_> {
             self.advance(&op, 1);
             return Ok(Flow::Next);
         }
-        let mut budget = match (self.trap_flag(), ports) {
-            (true, _) => 1,
-            (false, true) => PORT_WORK,
-            (false, false) => (WORK_BYTES / op.size) as u64,
-        };
+        let mut budget = if self.trap_flag() { 1 } else { (WORK_BYTES / op.size) as u64 };
         loop {
             let count = self.reg(RCX) & op.address_mask();
             if count == 0 {
@@ -135,15 +130,17 @@ impl Exec<'_> {
             }
             let most = count.min(budget);
             let mut run = self.string_run(&op, most)?;
+            let mut cost = run.done;
             if run.done == 0 {
                 run = Run { done: 1, stop: self.string_element(&op)? };
+                cost = ELEMENT_COST;
             }
             self.advance(&op, run.done);
             self.set_reg(RCX, count - run.done, op.address_size);
             if run.stop {
                 return Ok(Flow::Next);
             }
-            budget -= run.done;
+            budget = budget.saturating_sub(cost);
         }
     }
 

@@ -1,6 +1,7 @@
 //! Tests of the interpreter: a vCPU on a flat, identity-mapped guest, without translation.
 
 mod events;
+mod hostile;
 mod mask;
 mod string;
 mod system;
