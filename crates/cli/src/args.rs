@@ -109,6 +109,9 @@ pub struct RunArgs {
     /// Count retired instructions.
     #[arg(long, hide = true)]
     pub count: bool,
+    /// Run in lock-step with the reference configuration, for that many steps or all; end at the first difference.
+    #[arg(long, hide = true, value_name = "STEPS", num_args = 0..=1, require_equals = true, default_missing_value = "18446744073709551615")]
+    pub lockstep: Option<u64>,
     /// How long the guest may take until its agent answers, in seconds.
     #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 300)]
     pub boot_timeout: u64,

@@ -77,6 +77,7 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
     let engine_options = EngineOptions {
         reference: args.reference,
         count: args.count,
+        lockstep: args.lockstep.unwrap_or(0),
     };
     let print_stats = args.print_stats;
     let Plan {

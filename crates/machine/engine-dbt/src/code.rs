@@ -69,6 +69,8 @@ pub struct MemSite {
     pub access: OperandAccess,
     /// #SS instead of #GP.
     pub stack: bool,
+    /// #GP unless the address is a multiple of this.
+    pub align: u8,
     /// Instructions of the block that retired before this one.
     pub index: u16,
     /// Where the guest goes on after a store, when it must leave the block.

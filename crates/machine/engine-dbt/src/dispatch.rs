@@ -6,17 +6,18 @@ use std::time::Instant;
 
 use iced_x86::Instruction;
 use strata_engine::x86::{CpuState, X86};
-use strata_engine::{EngineError, Exit, ExitCause, Input, IoBus, Kicker, Vcpu, VcpuStats};
+use strata_engine::{EngineError, Exit, ExitCause, Input, InputLog, Inputs, IoBus, Kicker, Vcpu, VcpuStats};
 use strata_memory::Gpa;
 
 use crate::code::{CodeMap, Key, Next as After};
-use crate::cpu::{Context, Cpu, flags, request};
+use crate::cpu::{BOUNCE_SIZE, Context, Cpu, flags, request};
 use crate::env::{Access, Env, Exec, Fault};
 use crate::interpret::Next;
 use crate::kick::VcpuShared;
+use crate::lockstep::{Leader, Tracer};
 use crate::mmu::{PendingStore, canonical};
 use crate::signals::{self, FaultFrame, ThreadGuard};
-use crate::stubs::{self, Stubs, reason};
+use crate::stubs::{self, Callbacks, Stubs, reason};
 use crate::table::FeatureSet;
 use crate::translate::{Fetch, Mode, Options, translate};
 
@@ -32,6 +33,12 @@ pub struct Translated {
     frame: Box<FaultFrame>,
     /// Mode and CS base that each jump cache holds entries for.
     cached_mode: [(Mode, u64); 2],
+    /// The lock-step side of this vCPU, if it has one.
+    tracer: Option<Box<Tracer>>,
+    /// Steps to go in lock-step, from the next run on.
+    lockstep: u64,
+    /// Block exits that lock-step found equal.
+    compared: u64,
     /// Times the cache was flushed: link numbers are valid within one generation.
     generation: u64,
     /// Exceptions end the run instead of being delivered.
@@ -49,17 +56,22 @@ struct Running {
     env: *mut Env,
     code: *mut CodeMap,
     bus: *const dyn IoBus,
+    tracer: *mut Option<Box<Tracer>>,
     reference: bool,
     count: bool,
     fault: Option<Fault>,
     pending: Option<PendingStore>,
+    /// A bounced store was already told to the tracer.
+    told: bool,
+    /// The follower found a difference.
+    diverged: bool,
 }
 
 impl Translated {
     pub(crate) fn new(env: Env, options: Options, shared: Arc<VcpuShared>) -> Result<Translated, EngineError> {
         let mut cpu = Cpu::new();
         let mut code = CodeMap::new()?;
-        let stubs = stubs::build(&mut code, slow, commit)?;
+        let stubs = stubs::build(&mut code, &Callbacks { slow, commit, stored, block_exit })?;
         signals::install()?;
         shared.attach(&mut cpu.request);
         let features = FeatureSet::of(&env.model);
@@ -75,6 +87,9 @@ impl Translated {
             shared,
             frame,
             cached_mode: [(Mode(u32::MAX), 0); 2],
+            tracer: None,
+            lockstep: 0,
+            compared: 0,
             generation: 0,
             stop_on_exception: false,
             stopped: None,
@@ -106,6 +121,128 @@ impl Translated {
         Exec { cpu: &mut self.cpu, env: &mut self.env, bus, code: &mut self.code }
     }
 
+    /// Runs in lock-step with the reference configuration from the next run on, up to that many steps.
+    pub(crate) fn start_lockstep(&mut self, steps: u64) {
+        self.lockstep = steps;
+    }
+
+    /// The surroundings, between runs.
+    pub(crate) fn env(&self) -> &Env {
+        &self.env
+    }
+
+    pub(crate) fn set_tracer(&mut self, tracer: Tracer) {
+        self.tracer = Some(Box::new(tracer));
+    }
+
+    /// The rolling hash of a follower's stores.
+    pub(crate) fn stores(&self) -> u64 {
+        match self.tracer.as_deref() {
+            Some(Tracer::Follower { stores }) => *stores,
+            _ => 0,
+        }
+    }
+
+    /// Prepares this thread to run this vCPU, for a follower.
+    pub(crate) fn enter_thread(&mut self) -> Result<ThreadGuard, EngineError> {
+        let guard = ThreadGuard::enter(&mut *self.frame)?;
+        self.cpu.load_fpu();
+        Ok(guard)
+    }
+
+    /// From here on, inputs come from what [`Translated::push_input`] is given.
+    pub(crate) fn replay(&mut self) {
+        self.env.inputs = Inputs::replay(InputLog::default());
+    }
+
+    /// Appends to what a follower replays.
+    pub(crate) fn push_input(&mut self, input: Input) {
+        if let Inputs::Replay { log, .. } = &mut self.env.inputs {
+            log.inputs.push_back(input);
+        }
+    }
+
+    /// One step of a follower: an arrival that is due, or one instruction.
+    pub(crate) fn follow_step(&mut self, bus: &dyn IoBus) -> Result<(), EngineError> {
+        while let Some(at) = self.env.inputs.next_arrival().filter(|&at| at <= self.cpu.retired) {
+            let arrival = match &mut self.env.inputs {
+                Inputs::Replay { log, .. } => log.inputs.pop_front(),
+                _ => None,
+            };
+            match arrival {
+                Some(Input::DeviceWrite { gpa, bytes, .. }) => {
+                    let _ = self.env.memory.write(Gpa(gpa), &bytes);
+                    let len = bytes.len() as u64;
+                    self.code.written(gpa, len, &mut self.cpu, &self.env.memory, &mut self.env.stats);
+                }
+                Some(Input::Interrupt { vector, .. }) if at == self.cpu.retired => {
+                    let nmi = vector == 2;
+                    if !nmi {
+                        self.env.apic.force(vector);
+                    }
+                    self.cpu.halted = false;
+                    self.cpu.retired += 1;
+                    self.deliver(bus, vector, nmi);
+                    return Ok(());
+                }
+                other => return Err(EngineError::Diverged(format!("{other:?} arrived late"))),
+            }
+        }
+        if self.cpu.halted {
+            return Err(EngineError::Diverged("the reference halted and nothing arrived".into()));
+        }
+        let exit = self.step(bus)?;
+        if let Some(error) = self.env.divergence.take() {
+            return Err(EngineError::Replay(error));
+        }
+        match exit {
+            None => Ok(()),
+            Some(exit) => Err(EngineError::Diverged(format!("the reference left with {exit:?}"))),
+        }
+    }
+
+    /// Tells the tracer that the guest goes on at RIP.
+    fn trace(&mut self) -> Result<(), EngineError> {
+        let Some(Tracer::Leader(leader)) = self.tracer.as_deref_mut() else { return Ok(()) };
+        leader.device_writes(self.cpu.retired, &mut self.env.inputs);
+        let equal = leader.exit(&self.cpu, self.cpu.rip, &mut self.env.inputs);
+        if equal && self.cpu.retired < self.lockstep {
+            return Ok(());
+        }
+        self.settle()?;
+        if self.cpu.retired >= self.lockstep {
+            self.end_lockstep();
+        }
+        Ok(())
+    }
+
+    /// The steps asked for are compared: goes on alone, at full speed.
+    fn end_lockstep(&mut self) {
+        self.tracer = None;
+        self.lockstep = 0;
+        self.options.trace = false;
+        self.env.inputs = Inputs::Live;
+        self.env.memory.set_recorder(None);
+        self.code.flush(&mut self.cpu, &self.env.memory, &mut self.env.stats);
+        self.generation += 1;
+    }
+
+    /// Waits for the follower's verdict on everything so far.
+    fn settle(&mut self) -> Result<(), EngineError> {
+        if let Some(Tracer::Leader(leader)) = self.tracer.as_deref_mut() {
+            self.compared = leader.settle()?;
+        }
+        Ok(())
+    }
+
+    /// Counts a step that is no retired instruction.
+    fn count_step(&mut self) {
+        if self.options.count {
+            self.cpu.retired += 1;
+            self.env.stats.other_steps += 1;
+        }
+    }
+
     /// Runs until something must be decided outside.
     fn run_loop(&mut self, bus: &dyn IoBus) -> Result<Exit, EngineError> {
         loop {
@@ -116,6 +253,9 @@ impl Translated {
                 if let Some(exit) = self.requests(bus) {
                     return Ok(exit);
                 }
+            }
+            if self.tracer.is_some() {
+                self.trace()?;
             }
             if let Some(exit) = self.step(bus)? {
                 return Ok(exit);
@@ -171,6 +311,8 @@ impl Translated {
         }
         if waiting.nmi && !self.cpu.nmi_blocked && self.env.apic.take_nmi() {
             self.cpu.halted = false;
+            self.env.inputs.arrived(Input::Interrupt { at: self.cpu.retired, vector: 2 });
+            self.count_step();
             return self.deliver(bus, 2, true);
         }
         if !waiting.interrupt {
@@ -184,6 +326,7 @@ impl Translated {
         self.env.inputs.arrived(Input::Interrupt { at: self.cpu.retired, vector });
         self.cpu.halted = false;
         self.env.stats.interrupts += 1;
+        self.count_step();
         self.deliver(bus, vector, false)
     }
 
@@ -216,6 +359,7 @@ impl Translated {
         }
         self.exit(ExitCause::Exception);
         self.env.stats.exceptions += 1;
+        self.count_step();
         if fault.vector == 14 {
             self.env.stats.page_faults += 1;
         }
@@ -269,6 +413,11 @@ impl Translated {
         if exit.is_none() && trap && self.cpu.exit_reason != reason::REQUEST {
             self.cpu.dr6 |= 1 << 14;
             self.env.stats.exceptions += 1;
+            self.count_step();
+            if self.stop_on_exception {
+                self.stopped = Some(Fault::plain(1));
+                return Ok(Some(Exit::Kicked));
+            }
             let next = self.exec(bus).raise_trap(1);
             return Ok(self.after(next));
         }
@@ -287,10 +436,13 @@ impl Translated {
             env: &mut self.env,
             code: &mut self.code,
             bus,
+            tracer: &mut self.tracer,
             reference: self.options.reference,
             count: self.options.count,
             fault: None,
             pending: None,
+            told: false,
+            diverged: false,
         };
         // SAFETY: `enter` is the stub of that signature; `entry` is translated code for this context. The slow path
         // reaches this value's parts through `running` only while this function waits here.
@@ -452,8 +604,13 @@ impl Translated {
         let result = self.exec(bus).interpret(&instr);
         match result {
             Ok(next) => {
-                if self.options.count && next != Next::RepeatLater {
+                if next == Next::RepeatLater {
+                    self.count_step();
+                } else if self.options.count {
                     self.cpu.retired += 1;
+                }
+                if let Some(Tracer::Leader(leader)) = self.tracer.as_deref_mut() {
+                    leader.device_writes(self.cpu.retired, &mut self.env.inputs);
                 }
                 if self.env.apic.pending() {
                     self.cpu.raise_request(request::INTERRUPT);
@@ -498,6 +655,54 @@ impl Running {
         unsafe { Exec { cpu: &mut *self.cpu, env: &mut *self.env, bus: &*self.bus, code: &mut *self.code } }
     }
 
+    fn tracer(&mut self) -> Option<&mut Tracer> {
+        // SAFETY: as in `exec`; no `Exec` is alive where this is called.
+        unsafe { (*self.tracer).as_deref_mut() }
+    }
+
+    /// Notes device writes made by the instruction that is `retired` into its block.
+    fn device_writes(&mut self, retired: u16) {
+        // SAFETY: as in `exec`: nobody else uses these parts while translated code runs.
+        let (env, at) = unsafe { (&mut *self.env, (*self.cpu).retired + u64::from(retired)) };
+        if let Some(Tracer::Leader(leader)) = self.tracer() {
+            leader.device_writes(at, &mut env.inputs);
+        }
+    }
+
+    /// A store of traced code was made.
+    fn stored(&mut self, site: u32) {
+        if std::mem::take(&mut self.told) {
+            return;
+        }
+        let exec = &mut self.exec();
+        let Some(site) = exec.code.mem_site(site) else { return };
+        let mut linear = exec.cpu.temp[7];
+        if !exec.cpu.code_64() {
+            linear &= 0xffff_ffff;
+        }
+        let mut data = [0u8; BOUNCE_SIZE];
+        let Some(bytes) = data.get_mut(..usize::from(site.size)) else { return };
+        // It was just stored there, so it can be read.
+        let _ = exec.load(linear, bytes);
+        if let Some(tracer) = self.tracer() {
+            tracer.stored(linear, bytes);
+        }
+    }
+
+    /// Traced code leaves a block for `rip`.
+    fn block_exit(&mut self, rip: u64) -> u64 {
+        self.told = false;
+        // SAFETY: as in `device_writes`.
+        let (env, cpu) = unsafe { (&mut *self.env, &*self.cpu) };
+        let Some(Tracer::Leader(leader)) = self.tracer() else { return 1 };
+        leader.device_writes(cpu.retired, &mut env.inputs);
+        if leader.exit(cpu, rip, &mut env.inputs) {
+            return 1;
+        }
+        self.diverged = true;
+        self.leave(reason::REQUEST, rip, 0)
+    }
+
     /// Leaves translated code with `reason` at `rip`, `retired` instructions of the block done.
     fn leave(&mut self, reason: u64, rip: u64, retired: u16) -> u64 {
         let count = self.count;
@@ -513,10 +718,15 @@ impl Running {
     fn slow(&mut self, site: u32, linear: u64) -> u64 {
         let reference = self.reference;
         let mut pending = None;
+        self.told = false;
         let exec = &mut self.exec();
         let Some(site) = exec.code.mem_site(site) else { return self.leave(0, 0, 0) };
         let linear = if exec.cpu.code_64() { linear } else { linear & 0xffff_ffff };
         let size = usize::from(site.size);
+        if linear & u64::from(site.align).wrapping_sub(1) != 0 {
+            self.fault = Some(Fault::protection(0));
+            return self.leave(reason::FAULT, site.rip, site.index);
+        }
         let result = exec.slow_access(linear, size, site.access, site.stack, reference, &mut pending);
         match result {
             Ok(host) => {
@@ -537,10 +747,18 @@ impl Running {
         exec.cpu.temp[2] = 0;
         let Some(site) = exec.code.mem_site(site) else { return self.leave(0, 0, 0) };
         exec.code.stale = false;
+        let offset = (store.linear & 63) as usize;
+        let bounce = exec.cpu.bounce.0;
         if let Err(fault) = exec.commit(store) {
             self.fault = Some(fault);
             return self.leave(reason::FAULT, site.rip, site.index);
         }
+        if let Some(tracer) = self.tracer() {
+            tracer.stored(store.linear, bounce.get(offset..offset + store.size).unwrap_or(&[]));
+            self.told = true;
+            self.device_writes(site.index + 1);
+        }
+        let exec = &mut self.exec();
         if !exec.code.stale {
             return 1;
         }
@@ -566,13 +784,36 @@ unsafe extern "sysv64" fn commit(cpu: *mut Cpu, site: u64, _: u64) -> u64 {
     running.commit(site as u32)
 }
 
+/// A traced store, see `Stubs::stored`.
+unsafe extern "sysv64" fn stored(cpu: *mut Cpu, site: u64, _: u64) -> u64 {
+    // SAFETY: as in `slow`.
+    let running = unsafe { &mut *((*cpu).env as *mut Running) };
+    running.stored(site as u32);
+    1
+}
+
+/// A traced block exit, see `Stubs::block_exit`.
+unsafe extern "sysv64" fn block_exit(cpu: *mut Cpu, _: u64, rip: u64) -> u64 {
+    // SAFETY: as in `slow`.
+    let running = unsafe { &mut *((*cpu).env as *mut Running) };
+    running.block_exit(rip)
+}
+
 impl Vcpu<X86> for Translated {
     fn run(&mut self, bus: &dyn IoBus) -> Result<Exit, EngineError> {
+        if self.lockstep > 0 && self.tracer.is_none() {
+            self.env.inputs = Inputs::Record(InputLog::default());
+            let leader = Leader::start(self)?;
+            self.tracer = Some(Box::new(Tracer::Leader(leader)));
+        }
         let _guard = ThreadGuard::enter(&mut *self.frame)?;
         self.env.slots = self.env.memory.slots();
         self.cpu.load_fpu();
         let result = self.run_loop(bus);
         self.cpu.store_fpu();
+        if result.is_ok() {
+            self.settle()?;
+        }
         result
     }
 
@@ -581,6 +822,8 @@ impl Vcpu<X86> for Translated {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        // A follower cannot follow a jump in state; lock-step starts anew with the next run.
+        self.tracer = None;
         crate::state::restore(&mut self.exec(&NoBus), state)?;
         self.cpu.flush_tlb(true);
         Ok(())
@@ -591,7 +834,8 @@ impl Vcpu<X86> for Translated {
     }
 
     fn stats(&self) -> VcpuStats {
-        VcpuStats { instructions: self.cpu.retired, ..self.env.stats.clone() }
+        let instructions = self.cpu.retired - self.env.stats.other_steps;
+        VcpuStats { instructions, compared_exits: self.compared, ..self.env.stats.clone() }
     }
 }
 

@@ -30,6 +30,9 @@ pub struct TranslatorConfig {
     pub reference: bool,
     /// Count retired instructions.
     pub count: bool,
+    /// Run every vCPU in lock-step with one in the reference configuration for this many steps and end at the first
+    /// difference; 0 for not at all.
+    pub lockstep: u64,
 }
 
 /// The software engine of one machine.
@@ -38,6 +41,7 @@ pub struct Translator {
     clock: Arc<MachineClock>,
     model: Arc<CpuModel>,
     options: Options,
+    lockstep: u64,
     doorbells: Arc<Doorbells>,
     bus: Arc<ApicBus>,
     apics: Mutex<Vec<Option<Arc<Apic>>>>,
@@ -66,7 +70,12 @@ impl Translator {
             memory: config.memory,
             model: Arc::new(config.model.translated()),
             clock: config.clock,
-            options: Options { reference: config.reference, count: config.count },
+            options: Options {
+                reference: config.reference,
+                count: config.count || config.lockstep > 0,
+                trace: config.lockstep > 0,
+            },
+            lockstep: config.lockstep,
             doorbells: Arc::default(),
             bus,
             apics: Mutex::new(apics),
@@ -116,7 +125,9 @@ impl Engine for Translator {
     }
 
     fn create_vcpu(&self, id: VcpuId) -> Result<Box<dyn Vcpu<X86>>, EngineError> {
-        Ok(Box::new(self.create_with_inputs(id, Inputs::Live)?))
+        let mut vcpu = self.create_with_inputs(id, Inputs::Live)?;
+        vcpu.start_lockstep(self.lockstep);
+        Ok(Box::new(vcpu))
     }
 
     fn interrupts(&self) -> Arc<dyn InterruptSink> {

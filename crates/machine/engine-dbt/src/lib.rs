@@ -20,6 +20,7 @@ mod engine;
 pub mod env;
 pub mod interpret;
 mod kick;
+mod lockstep;
 pub mod mmu;
 mod raw;
 mod signals;

@@ -396,14 +396,25 @@ impl Exec<'_> {
         if self.env.apic.owns(gpa) {
             let now = self.env.clock.now_ns();
             self.env.apic.mmio_read(gpa, data, now);
-            return;
+            if self.env.inputs.is_live() {
+                return;
+            }
         }
         let mut value = [0u8; 8];
         let len = data.len();
         let bus = self.bus;
+        let mut own = [0u8; 8];
+        for (to, from) in own.iter_mut().zip(data.iter()) {
+            *to = *from;
+        }
+        let own = self.env.apic.owns(gpa).then_some(u64::from_le_bytes(own));
         let taken = self.env.inputs.take(
             "device read",
             || {
+                // The timer's count runs with the clock, so reads of the local APIC are inputs, too.
+                if let Some(value) = own {
+                    return value;
+                }
                 let mut bytes = [0u8; 8];
                 if let Some(part) = bytes.get_mut(..len) {
                     bus.mmio_read(gpa, part);

@@ -47,10 +47,27 @@ pub struct Stubs {
     pub slow: u64,
     /// Called with RCX = site after a bounced store.
     pub commit: u64,
+    /// Called with RCX = site after every store of a traced block.
+    pub stored: u64,
+    /// Called with R10 = target RIP at every exit of a traced block. Keeps R10.
+    pub block_exit: u64,
 }
 
-/// The Rust side of the slow path: `(cpu, site, linear) -> host address, or 0 to leave`.
-pub type SlowFn = unsafe extern "sysv64" fn(*mut Cpu, u64, u64) -> u64;
+/// The Rust functions that the stubs call.
+#[derive(Clone, Copy)]
+pub struct Callbacks {
+    /// Slow path of a memory operand: `(cpu, site, linear)`, returns the host address or 0 to leave.
+    pub slow: Callback,
+    /// Write-back of a bounced operand: `(cpu, site, _)`, returns 0 to leave.
+    pub commit: Callback,
+    /// A traced store: `(cpu, site, _)`.
+    pub stored: Callback,
+    /// A traced block exit: `(cpu, _, rip)`, returns 0 to leave.
+    pub block_exit: Callback,
+}
+
+/// A Rust function called from translated code.
+pub type Callback = unsafe extern "sysv64" fn(*mut Cpu, u64, u64) -> u64;
 
 /// Guest registers that live in host registers of the same number.
 const IDENTITY: [u8; 10] = [0, 2, 3, 5, 6, 7, 12, 13, 14, 15];
@@ -112,7 +129,7 @@ fn pop_host_registers(asm: &mut Asm) {
 }
 
 /// Assembles the stubs at the start of the cache.
-pub fn build(code: &mut CodeMap, slow: SlowFn, commit: SlowFn) -> Result<Stubs, EngineError> {
+pub fn build(code: &mut CodeMap, callbacks: &Callbacks) -> Result<Stubs, EngineError> {
     let mut asm = Asm::new(code.next_address());
 
     let enter = asm.here();
@@ -147,9 +164,12 @@ pub fn build(code: &mut CodeMap, slow: SlowFn, commit: SlowFn) -> Result<Stubs, 
     let request = leave(Some((off::RIP, R10)), reason::REQUEST);
     let host_fault = leave(None, reason::HOST_FAULT);
 
-    let mut call = |function: SlowFn| {
+    let mut call = |function: Callback, keep_r10: bool| {
         let at = asm.here();
         asm.pop_ctx(off::temp(4));
+        if keep_r10 {
+            asm.store_ctx(off::temp(5), R10);
+        }
         save_guest(&mut asm);
         asm.mov(RBX, RSP);
         asm.mov(RDI, RSP);
@@ -164,7 +184,9 @@ pub fn build(code: &mut CodeMap, slow: SlowFn, commit: SlowFn) -> Result<Stubs, 
         asm.load_ctx(RSP, off::HOST_RSP);
         pop_host_registers(&mut asm);
         asm.patch_here(stay);
-        asm.store_ctx(off::temp(5), RAX);
+        if !keep_r10 {
+            asm.store_ctx(off::temp(5), RAX);
+        }
         restore_guest(&mut asm);
         asm.load_ctx(R10, off::temp(5));
         asm.mov_imm(R11, 0);
@@ -172,8 +194,10 @@ pub fn build(code: &mut CodeMap, slow: SlowFn, commit: SlowFn) -> Result<Stubs, 
         asm.bytes(&[0xc3]); // ret
         at
     };
-    let slow = call(slow);
-    let commit = call(commit);
+    let slow = call(callbacks.slow, false);
+    let commit = call(callbacks.commit, false);
+    let stored = call(callbacks.stored, true);
+    let block_exit = call(callbacks.block_exit, true);
 
     let address = |here| asm.address(here);
     let stubs = Stubs {
@@ -185,6 +209,8 @@ pub fn build(code: &mut CodeMap, slow: SlowFn, commit: SlowFn) -> Result<Stubs, 
         host_fault: address(host_fault),
         slow: address(slow),
         commit: address(commit),
+        stored: address(stored),
+        block_exit: address(block_exit),
     };
     code.append(&asm.code)?;
     code.reserve();

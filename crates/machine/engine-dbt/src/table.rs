@@ -349,6 +349,23 @@ pub fn memory_use(instr: &Instruction, info: &InstructionInfo) -> Option<MemoryU
     Some(MemoryUse { access, size })
 }
 
+/// What the address of the memory operand must be a multiple of, else #GP (Intel SDM vol. 1, 11.6.10.1; vol. 2,
+/// 2.4): legacy SSE operands of 16 bytes but for the unaligned moves and string comparisons, and the aligned VEX moves.
+pub fn alignment(instr: &Instruction) -> u8 {
+    use Mnemonic as M;
+    let size = instr.memory_size().size() as u8;
+    match instr.mnemonic() {
+        M::Cmpxchg16b => 16,
+        M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpistri | M::Pcmpistrm | M::Pcmpestri | M::Pcmpestrm
+        | M::Pcmpestri64 | M::Pcmpestrm64 => 1,
+        M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa => size,
+        _ if size == 16
+            && instr.code().encoding() == iced_x86::EncodingKind::Legacy
+            && uses_vector(instr) && !uses_x87(instr) => 16,
+        _ => 1,
+    }
+}
+
 /// The general-register operands of `instr`.
 pub fn register_uses(instr: &Instruction, info: &InstructionInfo, out: &mut Vec<RegisterUse>) {
     use OpCodeOperandKind as K;

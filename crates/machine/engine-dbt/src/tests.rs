@@ -89,6 +89,7 @@ impl TestMachine {
             vcpus: 1,
             reference,
             count: true,
+            lockstep: 0,
         })
         .unwrap();
         let mut vcpu = engine.create_with_inputs(VcpuId(0), Inputs::Live).unwrap();

@@ -26,6 +26,8 @@ pub struct Options {
     pub reference: bool,
     /// Count retired instructions.
     pub count: bool,
+    /// Report stores and block exits to the tracer.
+    pub trace: bool,
 }
 
 /// The mode word: everything besides the bytes that decides what a block means.

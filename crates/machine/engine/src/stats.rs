@@ -54,6 +54,10 @@ pub struct VcpuStats {
     pub exceptions: u64,
     /// Interrupts delivered.
     pub interrupts: u64,
+    /// Steps that are no retired instruction: deliveries and parts of repeated string instructions (instrumented runs).
+    pub other_steps: u64,
+    /// Block exits that lock-step found equal to the reference configuration.
+    pub compared_exits: u64,
     /// Exits by cause.
     pub exits: std::collections::BTreeMap<ExitCause, u64>,
 }

@@ -69,6 +69,9 @@ pub enum EngineError {
     /// The engine found its own state broken; the vCPU cannot run on.
     #[error("internal error of the engine: {0}")]
     Internal(String),
+    /// A lock-step run and its reference differ.
+    #[error("lock-step: {0}")]
+    Diverged(String),
     /// A recorded run could not be replayed.
     #[error("replay diverged: {0}")]
     Replay(#[from] crate::InputError),

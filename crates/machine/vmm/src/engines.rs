@@ -34,6 +34,8 @@ pub struct EngineOptions {
     pub reference: bool,
     /// Count retired instructions by how they were run.
     pub count: bool,
+    /// Run this many steps in lock-step with the reference configuration and end at the first difference.
+    pub lockstep: u64,
 }
 
 /// The engine that a choice leads to on this host.
@@ -121,6 +123,7 @@ pub fn open(choice: EngineChoice, parts: EngineParts) -> Result<Arc<AnyEngine>, 
         vcpus: parts.cpus,
         reference: parts.options.reference,
         count: parts.options.count,
+        lockstep: parts.options.lockstep,
     })?;
     Ok(Arc::new(translator))
 }

@@ -25,6 +25,16 @@ impl Builder<'_> {
         }
     }
 
+    /// Tells the tracer that the block is left for `target`, or for the address in R10.
+    fn trace_exit(&mut self, target: Option<u64>) {
+        if self.options.trace {
+            if let Some(target) = target {
+                self.asm.mov_imm(R10, target);
+            }
+            self.asm.call_to(self.stubs.block_exit);
+        }
+    }
+
     /// Jumps to `stub` with R10 = `target` if a request is pending; with `deferred`, also if an interrupt waits.
     fn check_request(&mut self, target: Option<u64>, deferred: bool) {
         if deferred {
@@ -48,6 +58,7 @@ impl Builder<'_> {
         let len = self.next_rip;
         if after_sti {
             self.count(self.index);
+            self.trace_exit(Some(len));
             self.check_request(Some(len), true);
             let from = self.asm.jmp_later();
             self.cold.push(Cold::Goto { from, target: len, retired: 0, check: false });
@@ -60,6 +71,7 @@ impl Builder<'_> {
     fn goto(&mut self, target: u64, retired: u16) {
         let check = self.needs_check(target);
         self.count(retired);
+        self.trace_exit(Some(target));
         if check && !self.mode.is_single() && !self.options.reference {
             self.check_request(Some(target), false);
         }
@@ -101,6 +113,9 @@ impl Builder<'_> {
         self.asm.patch_here(from);
         if self.mode.is_single() || self.options.reference {
             self.count(retired);
+            if retired > 0 {
+                self.trace_exit(Some(target));
+            }
             self.asm.mov_imm(R10, target);
             self.asm.jmp_to(self.stubs.lookup);
             return;
@@ -109,6 +124,9 @@ impl Builder<'_> {
         if check || (self.options.count && retired > 0) {
             // A thunk of its own does the bookkeeping; the jump behind it is the one that is chained.
             self.count(retired);
+            if retired > 0 {
+                self.trace_exit(Some(target));
+            }
             if check {
                 self.asm.load_ctx_32(RCX, off::REQUEST);
                 let at = &mut patch;
@@ -148,6 +166,7 @@ impl Builder<'_> {
     /// Jumps to the address in R10. The block ends.
     fn goto_indirect(&mut self, retired: u16) {
         self.count(retired);
+        self.trace_exit(None);
         if self.mode.is_single() || self.options.reference {
             self.asm.jmp_to(self.stubs.lookup);
             return;
@@ -177,7 +196,7 @@ impl Builder<'_> {
     fn indirect_target(&mut self, instr: &Instruction, size: usize) {
         if instr.op0_kind() == OpKind::Memory {
             self.linear_address(instr, 0);
-            let stack = instr.memory_segment() == iced_x86::Register::SS;
+            let stack = self.stack_segment(instr);
             self.access(instr, OperandAccess::Read, size, stack, |b| {
                 if size == 2 {
                     b.asm.mov_imm(RCX, 0);

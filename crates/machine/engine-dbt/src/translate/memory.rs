@@ -8,6 +8,7 @@ use crate::asm::reg::{R10, R11, RCX};
 use crate::code::{FaultPoint, MemSite};
 use crate::cpu::off;
 use crate::mmu::OperandAccess;
+use crate::table::alignment;
 
 /// Number of a segment register as in `Cpu::segments`.
 pub(super) fn segment_number(register: Register) -> usize {
@@ -22,6 +23,17 @@ pub(super) fn segment_number(register: Register) -> usize {
 }
 
 impl Builder<'_> {
+    /// True if a bad address of the memory operand raises #SS instead of #GP. In 64-bit code overrides of anything but
+    /// FS and GS mean nothing, and the base register alone decides.
+    pub fn stack_segment(&self, instr: &Instruction) -> bool {
+        let segment = instr.memory_segment();
+        if self.mode.bits() != 64 {
+            return segment == Register::SS;
+        }
+        !matches!(segment, Register::FS | Register::GS)
+            && matches!(instr.memory_base().full_register(), Register::RSP | Register::RBP)
+    }
+
     /// Computes the effective address of the memory operand into R10, without segment base. Clobbers R11.
     /// `adjust` is added to RSP-based addresses (POP computes its address after the increment).
     pub fn effective_address(&mut self, instr: &Instruction, adjust: i32) {
@@ -91,16 +103,24 @@ impl Builder<'_> {
             size: size as u8,
             access,
             stack,
+            align: alignment(instr),
             index: self.index,
             next: self.after_store,
         });
         let store = access != OperandAccess::Read;
+        let traced = store && self.options.trace;
+        if traced {
+            self.asm.store_ctx(off::temp(7), R10);
+        }
         if self.options.reference {
             self.asm.mov_imm(RCX, u64::from(site));
             self.asm.call_to(self.stubs.slow);
             op(self);
             if store {
                 self.commit(site);
+            }
+            if traced {
+                self.trace_store(site);
             }
             return;
         }
@@ -122,6 +142,15 @@ impl Builder<'_> {
         });
         let back = if store { end } else { start };
         self.cold.push(Cold::Slow { from, site, back, op: copy });
+        if traced {
+            self.trace_store(site);
+        }
+    }
+
+    /// Tells the tracer of the store just made; its linear address is in scratch word 7.
+    fn trace_store(&mut self, site: u32) {
+        self.asm.mov_imm(RCX, u64::from(site));
+        self.asm.call_to(self.stubs.stored);
     }
 
     /// After a store that may have gone to the bounce buffer: writes it back.

@@ -49,7 +49,7 @@ impl Builder<'_> {
         match memory {
             Some(memory) => {
                 self.linear_address(instr, 0);
-                let stack = instr.memory_segment() == iced_x86::Register::SS;
+                let stack = self.stack_segment(instr);
                 self.access(instr, memory.access, memory.size, stack, |b| b.operation(instr, raw, &uses, true, true));
             }
             // A memory form that accesses nothing is a NOP in all but name.
@@ -306,7 +306,7 @@ impl Builder<'_> {
         self.asm.lea(R10, Some(R10), Some((RCX, wide)), 0, narrow);
         self.add_segment(super::memory::segment_number(instr.memory_segment()));
         let access = if instr.mnemonic() == Mnemonic::Bt { OperandAccess::Read } else { OperandAccess::ReadWrite };
-        let stack = instr.memory_segment() == iced_x86::Register::SS;
+        let stack = self.stack_segment(instr);
         let p66 = size == 2;
         self.access(instr, access, size, stack, |b| {
             b.asm.lea(R10, Some(R10), Some((R11, 1)), 0, false);

@@ -77,7 +77,7 @@ impl Builder<'_> {
             }
             OpKind::Memory => {
                 self.linear_address(instr, 0);
-                let stack = instr.memory_segment() == Register::SS;
+                let stack = self.stack_segment(instr);
                 self.access(instr, OperandAccess::Read, size, stack, |b| {
                     b.asm.move_sized(false, RCX, R10, R11, size);
                     b.asm.store_ctx(off::temp(1), RCX);
@@ -123,7 +123,7 @@ impl Builder<'_> {
         self.peek(instr, R8, size);
         self.asm.store_ctx(off::temp(1), RCX);
         self.linear_address(instr, size as i32);
-        let stack = instr.memory_segment() == Register::SS;
+        let stack = self.stack_segment(instr);
         self.access(instr, OperandAccess::Write, size, stack, |b| {
             b.asm.load_ctx(RCX, off::temp(1));
             b.asm.move_sized(true, RCX, R10, R11, size);
