@@ -18,8 +18,8 @@ const MISC_ENABLE: u64 = 1 | 1 << 11 | 1 << 12;
 const MISC_ENABLE_WRITABLE: u64 = 1 | 1 << 3 | 1 << 16 | 1 << 18 | 1 << 22;
 /// Locked, nothing enabled.
 const FEATURE_CONTROL: u64 = 1;
-/// IBRS, STIBP, SSBD: stored and without effect.
-const SPEC_CTRL_WRITABLE: u64 = 7;
+/// IBRS, STIBP, SSBD, BHI_DIS_S: stored and without effect.
+const SPEC_CTRL_WRITABLE: u64 = 7 | 1 << 10;
 /// The registers of the fixed MTRRs, in the order of [`Msrs::mtrr_fixed`].
 const MTRR_FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
 

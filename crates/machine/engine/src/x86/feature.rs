@@ -117,6 +117,7 @@ features! {
     Fsrm "fsrm" 7 . 0 Edx 4 Engine;
     SpecCtrl "spec-ctrl" 7 . 0 Edx 26 Engine;
     ArchCapabilities "arch-capabilities" 7 . 0 Edx 29 Engine;
+    BhiCtrl "bhi-ctrl" 7 . 2 Edx 4 Engine;
     Xsaveopt "xsaveopt" 0xd . 1 Eax 0 Engine;
     Xgetbv1 "xgetbv1" 0xd . 1 Eax 2 Engine;
     LahfLm "lahf-lm" 0x8000_0001 . 0 Ecx 0 Host;

@@ -82,8 +82,8 @@ const BASELINE: &[Feature] = {
 const TRANSLATOR: &[Feature] = {
     use Feature::*;
     &[
-        X2apic, TscDeadline, TscAdjust, InvariantTsc, Fsrm, SpecCtrl, ArchCapabilities, Xgetbv1, FpuNoCsDs, Umip,
-        Rdpid, PrefetchW,
+        X2apic, TscDeadline, TscAdjust, InvariantTsc, Fsrm, SpecCtrl, ArchCapabilities, BhiCtrl, Xgetbv1, FpuNoCsDs,
+        Umip, Rdpid, PrefetchW,
     ]
 };
 
@@ -123,7 +123,8 @@ const HYPERVISOR: u32 = 0x4000_0000;
 const KVM_FEATURES: u32 = 1 << 1 | 1 << 3 | 1 << 6 | 1 << 24;
 
 /// IA32_ARCH_CAPABILITIES: RDCL_NO, IBRS_ALL, SKIP_L1DFL, SSB_NO, MDS_NO, PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO,
-/// PSDP_NO, BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO.
+/// PSDP_NO, BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO. Linux since 2025 does not believe BHI_NO, but is content with the
+/// bit in IA32_SPEC_CTRL that [`Feature::BhiCtrl`] announces, in place of a loop at every system call.
 const ARCH_CAPABILITIES: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 13 | 1 << 14 | 1 << 15
     | 1 << 20 | 1 << 24 | 1 << 26 | 1 << 27 | 1 << 62;
 
@@ -273,6 +274,7 @@ impl CpuModel {
                 let sharing = if subleaf == 3 { cores } else { 0 };
                 *eax |= cores.min(63) << 26 | sharing.min(4095) << 14;
             }
+            7 if subleaf == 0 && self.has(Feature::BhiCtrl) => *eax = 2,
             // One thread per core, all cores in one package.
             0xb => {
                 match subleaf {
