@@ -112,6 +112,9 @@ pub struct RunArgs {
     /// Run in lock-step with the reference configuration, for that many steps or all; end at the first difference.
     #[arg(long, hide = true, value_name = "STEPS", num_args = 0..=1, require_equals = true, default_missing_value = "18446744073709551615")]
     pub lockstep: Option<u64>,
+    /// Append what the kernel's console prints to this file while CMD runs.
+    #[arg(long, hide = true, value_name = "FILE")]
+    pub console_log: Option<PathBuf>,
     /// How long the guest may take until its agent answers, in seconds.
     #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 300)]
     pub boot_timeout: u64,

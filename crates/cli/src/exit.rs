@@ -6,8 +6,6 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u8)]
 pub enum ExitCode {
-    /// All went well.
-    Ok = 0,
     /// The command line is wrong.
     Usage = 64,
     /// A kernel, an initrd or an image is damaged or of an unknown kind.
@@ -134,7 +132,6 @@ mod tests {
     #[test]
     fn every_status_is_documented() {
         for code in [
-            ExitCode::Ok,
             ExitCode::Usage,
             ExitCode::Data,
             ExitCode::NoInput,

@@ -14,10 +14,11 @@ mod stats;
 use std::time::Instant;
 
 use args::{Command, Parsed};
-use exit::Failure;
+use exit::{ExitCode, Failure};
 
 fn main() {
     let started = Instant::now();
+    end_on_panic();
     let status = match dispatch(started) {
         Ok(status) => status,
         Err(failure) => {
@@ -30,6 +31,16 @@ fn main() {
     run::terminal::restore();
     // Threads of a machine that has ended may still be there; nothing of theirs is waited for.
     std::process::exit(i32::from(status));
+}
+
+/// A panic in any thread is a fault of ours and ends the program, on a terminal that is as it was.
+fn end_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        run::terminal::restore();
+        report(panic);
+        std::process::exit(i32::from(ExitCode::Internal as u8));
+    }));
 }
 
 /// Does what the command line says; gives the exit status.

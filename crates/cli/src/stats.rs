@@ -191,13 +191,15 @@ mod tests {
         };
         let text = text(&machine);
         assert!(text.starts_with("web-1: translate engine, up 61.007 s, 0 reboots\nCPU 0\n"));
+        let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+        let lines: Vec<String> = text.lines().map(words).collect();
         for line in [
-            "halt                             3\n",
-            "10 (1.000 %)",
-            "985 (98.500 %)",
-            "4 at 500 ns each",
+            "halt 3",
+            "instructions 10 (1.000 %)",
+            "of them as themselves 985 (98.500 %)",
+            "instructions translated 4 at 500 ns each",
         ] {
-            assert!(text.contains(line), "{line} is not in {text}");
+            assert!(lines.iter().any(|l| l == line), "{line} is not in {text}");
         }
         let json = serde_json::to_value(&machine).unwrap();
         assert_eq!(json["name"], "web-1");

@@ -41,6 +41,8 @@ const PARTING: Duration = Duration::from_secs(1);
 const ORDERLY_POWER_OFF: Duration = Duration::from_secs(10);
 /// Lines of the console in the report of a crash.
 const CONSOLE_LINES: usize = 12;
+/// How Linux begins to say why it panics.
+const PANIC: &str = "Kernel panic - not syncing: ";
 /// How often the same signal must come until a CMD that ignores it is given up.
 const PATIENCE_SIGNALS: u32 = 3;
 
@@ -88,7 +90,7 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
     // After this no thread of ours is interrupted, so it comes before the first one.
     let signals = signals::block()?;
     let run_dir = take_name(&mut config, name_stem.as_deref())?;
-    let console = wire::console_output(&mode);
+    let console = wire::console_output(&mode)?;
     let ends = HostEnds {
         console,
         run_dir: Some(run_dir.path().to_owned()),
@@ -294,13 +296,34 @@ impl Run {
         let in_command = matches!(self.mode, Mode::Command(_));
         match outcome {
             Outcome::DebugExit(value) => Ok((value << 1 | 1) as u8),
-            Outcome::Crashed(crash) => Err(self.with_console(crash_failure(crash))),
+            Outcome::Crashed(crash) => Err(self.crashed(crash)),
             Outcome::PoweredOff | Outcome::Rebooted | Outcome::Stopped if !in_command => Ok(0),
+            // Without its panic driver a guest resets the machine.
+            Outcome::Rebooted if self.panic_message().is_some() => {
+                Err(self.crashed(&Crash::GuestPanic))
+            }
             _ => {
                 let message = "the machine ended before the command did";
                 Err(self.with_console(Failure::new(ExitCode::Guest, message)))
             }
         }
+    }
+
+    fn crashed(&self, crash: &Crash) -> Failure {
+        let mut failure = crash_failure(crash);
+        if matches!(crash, Crash::GuestPanic)
+            && let Some(message) = self.panic_message()
+        {
+            failure.message = format!("{}: {message}", failure.message);
+        }
+        self.with_console(failure)
+    }
+
+    /// What the guest's kernel said when it panicked last, if it did.
+    fn panic_message(&self) -> Option<String> {
+        let lines = self.ring.tail(usize::MAX);
+        let message = |line: &String| Some(line.split_once(PANIC)?.1.trim().to_owned());
+        lines.iter().rev().find_map(message)
     }
 
     /// Adds the console's last lines, unless they were seen as they came.

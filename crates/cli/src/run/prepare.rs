@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use strata_vmm::config::{BootFiles, BootSource, ConsoleKind, VsockConfig};
+use strata_vmm::config::{BootFiles, BootSource, ConsoleKind, OnReboot, VsockConfig};
 use strata_vmm::{MachineConfig, MachineName};
 
 use super::terminal;
@@ -42,6 +42,8 @@ pub struct CommandPlan {
     pub argv: Vec<Vec<u8>>,
     /// Whether it gets a terminal.
     pub tty: bool,
+    /// Where the kernel's console goes meanwhile.
+    pub console_log: Option<PathBuf>,
     /// How long the guest may take until its agent answers.
     pub boot_timeout: Duration,
 }
@@ -72,7 +74,11 @@ pub fn plan(args: RunArgs) -> Result<Plan, Failure> {
     config.memory = args.memory;
     config.disks = args.disks;
     config.network = args.net.into();
-    config.on_reboot = args.on_reboot.into();
+    config.on_reboot = match mode {
+        Mode::Console { .. } => args.on_reboot.into(),
+        // CMD does not survive it.
+        Mode::Command(_) => OnReboot::Exit,
+    };
     config.debug_exit = args.debug_exit;
     if matches!(mode, Mode::Console { kernel_log: false }) {
         config.console = ConsoleKind::Virtio;
@@ -105,6 +111,7 @@ fn mode(args: &RunArgs) -> Mode {
             .map(OsString::into_vec)
             .collect(),
         tty: args.terminal || (!args.no_terminal && both()),
+        console_log: args.console_log.clone(),
         boot_timeout: Duration::from_secs(args.boot_timeout),
     })
 }
@@ -121,7 +128,8 @@ fn image_files(
     append.push_str(&format!(" strata.hostname={name}"));
     match mode {
         Mode::Console { .. } => append.push_str(&console_options()),
-        Mode::Command(_) => append.push_str(" strata.agent=1"),
+        // A panic before the guest's panic driver is there would otherwise be silence.
+        Mode::Command(_) => append.push_str(" strata.agent=1 panic=-1"),
     }
     if let Some(more) = &args.append {
         append.push(' ');

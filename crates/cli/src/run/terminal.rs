@@ -1,4 +1,4 @@
-//! The host's terminal: raw mode while a guest has it, and its restoration however this program ends.
+//! The host's terminal: raw mode while a guest has it. Every end of this program, panics too, calls [`restore`].
 
 use std::io::IsTerminal;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -22,11 +22,7 @@ pub fn make_raw() -> bool {
     };
     let mut raw = original.clone();
     raw.make_raw();
-    let mut saved = saved();
-    if saved.is_none() {
-        *saved = Some(original);
-        restore_on_panic();
-    }
+    saved().get_or_insert(original);
     // Now rather than when output has drained: nothing that was typed is to be lost.
     tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &raw).is_ok()
 }
@@ -37,15 +33,6 @@ pub fn restore() {
         // Nobody could do anything about a terminal that went away.
         let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &original);
     }
-}
-
-/// A panic's message is readable only on a restored terminal, and a thread's panic may end the program.
-fn restore_on_panic() {
-    let previous = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        restore();
-        previous(panic);
-    }));
 }
 
 /// Columns and rows of the terminal we write to, or read from.

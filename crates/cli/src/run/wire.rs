@@ -1,5 +1,6 @@
 //! Our streams tied to the machine's console.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::sync::mpsc::Sender;
 
@@ -8,14 +9,24 @@ use strata_vmm::ConsoleInput;
 use super::escape::{Escape, HINT};
 use super::prepare::Mode;
 use super::{Happened, spawn, terminal};
-use crate::exit::Failure;
+use crate::exit::{ExitCode, Failure};
 use crate::output;
 
 /// Where the console's output goes: standard output, unless CMD has that.
-pub fn console_output(mode: &Mode) -> Option<Box<dyn Write + Send>> {
-    match mode {
-        Mode::Console { .. } => Some(Box::new(Unbuffered)),
-        Mode::Command(_) => None,
+pub fn console_output(mode: &Mode) -> Result<Option<Box<dyn Write + Send>>, Failure> {
+    let path = match mode {
+        Mode::Console { .. } => return Ok(Some(Box::new(Unbuffered))),
+        Mode::Command(command) => match &command.console_log {
+            Some(path) => path,
+            None => return Ok(None),
+        },
+    };
+    match File::options().create(true).append(true).open(path) {
+        Ok(file) => Ok(Some(Box::new(file))),
+        Err(error) => Err(Failure::new(
+            ExitCode::CannotCreate,
+            format!("cannot write to {}: {error}", path.display()),
+        )),
     }
 }
 

@@ -24,7 +24,7 @@ impl ConsoleRing {
         bytes.extend(data);
     }
 
-    /// The last `count` lines that are not empty, without control characters: safe to print to a terminal.
+    /// The last `count` lines kept that are not empty, without control characters: safe to print to a terminal.
     pub fn tail(&self, count: usize) -> Vec<String> {
         let bytes: Vec<u8> = {
             let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);

@@ -266,6 +266,13 @@ fn crashes_are_told_apart() {
         Outcome::Crashed(Crash::TripleFault { cpu: 0 })
     ));
 
+    let machine = build(config, HostEnds::default(), |_, _, _| panic!("on purpose"));
+    let (outcome, _) = machine.run();
+    assert!(matches!(
+        outcome,
+        Outcome::Crashed(Crash::Engine { cpu: 0, .. })
+    ));
+
     let machine = build(config, HostEnds::default(), |bus, fake, _| {
         bus.port_out(0xf4, &3u32.to_le_bytes());
         fake.halt()

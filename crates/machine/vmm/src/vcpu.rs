@@ -107,6 +107,7 @@ fn serve(
     events: &Sender<Event>,
     first_run: &OnceLock<Instant>,
 ) {
+    let _notice = PanicNotice { id, events };
     while let Ok(order) = orders.recv() {
         let exit = match order {
             Order::Run => {
@@ -124,6 +125,26 @@ fn serve(
             .is_err()
         {
             return;
+        }
+    }
+}
+
+/// Tells the machine when a vCPU's thread panics, so that it does not wait for it.
+struct PanicNotice<'a> {
+    id: VcpuId,
+    events: &'a Sender<Event>,
+}
+
+impl Drop for PanicNotice<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let report = VcpuReport {
+                id: self.id,
+                exit: Err(EngineError::Internal("its thread panicked".to_owned())),
+                stats: VcpuStats::default(),
+            };
+            // Nobody hears of it when the machine has ended.
+            let _ = self.events.send(Event::Vcpu(report));
         }
     }
 }
