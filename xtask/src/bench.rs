@@ -54,6 +54,9 @@ pub fn run(arguments: &BenchArguments) -> Result<ExitCode> {
     if uses(Kind::Tcg) {
         setup::ensure(setup::BENCH_TOOLS)?;
     }
+    if arguments.kernel.is_none() {
+        setup::ensure(setup::IMAGE_TOOLS)?;
+    }
     let program = guest::build("strata-guest-bench")?;
     let strata = match &arguments.strata {
         Some(path) => path

@@ -36,7 +36,7 @@ const COMMANDS: &[&[&str]] = &[
 /// Sets up, builds, makes the image, boots it.
 pub fn run(arguments: &DemoArguments) -> Result<ExitCode> {
     let mut phases = Phases::default();
-    phases.run("set-up", || setup::ensure(setup::TEST_TOOLS))?;
+    phases.run("set-up", || setup::ensure(setup::IMAGE_TOOLS))?;
     let strata = phases.run("build", || guest::build_strata(true))?;
     phases.run("image", || guest::build_tiny(&strata))?;
     if !arguments.no_shell && stdin().is_terminal() && stdout().is_terminal() {

@@ -1,6 +1,7 @@
 //! Brings a Debian machine to where the other commands can run: installs the few missing tools, quickly does nothing when all is there.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,42 +10,48 @@ use anyhow::{Context, Result, bail};
 
 use crate::shell;
 
-/// A program that a command needs, and the Debian package that has it.
+/// A program or file that a command needs, and the Debian package that has it.
 #[derive(Copy, Clone)]
 pub struct Tool {
-    program: &'static str,
+    /// A program's name, or a file's absolute path.
+    needed: &'static str,
     package: &'static str,
 }
 
-/// What building and testing need beyond Rust, git and a linker.
+impl Tool {
+    const fn new(needed: &'static str, package: &'static str) -> Tool {
+        Tool { needed, package }
+    }
+
+    fn is_missing(&self) -> bool {
+        if self.needed.starts_with('/') {
+            !Path::new(self.needed).exists()
+        } else {
+            shell::find(self.needed).is_none()
+        }
+    }
+}
+
+/// What making images needs beyond Rust, git and a linker.
+pub const IMAGE_TOOLS: &[Tool] = &[
+    Tool::new("apt-get", "apt"),
+    Tool::new("dpkg-deb", "dpkg"),
+    Tool::new("gpgv", "gpgv"),
+    Tool::new(
+        "/usr/share/keyrings/debian-archive-keyring.gpg",
+        "debian-archive-keyring",
+    ),
+];
+
+/// With what the tests become an unprivileged user, hide `/dev/kvm` and have a terminal.
 pub const TEST_TOOLS: &[Tool] = &[
-    Tool {
-        program: "apt-get",
-        package: "apt",
-    },
-    Tool {
-        program: "dpkg-deb",
-        package: "dpkg",
-    },
-    Tool {
-        program: "gpgv",
-        package: "gpgv",
-    },
-    Tool {
-        program: "unshare",
-        package: "util-linux",
-    },
-    Tool {
-        program: "setpriv",
-        package: "util-linux",
-    },
+    Tool::new("unshare", "util-linux"),
+    Tool::new("setpriv", "util-linux"),
+    Tool::new("script", "bsdutils"),
 ];
 
 /// The peer that the benchmark compares with.
-pub const BENCH_TOOLS: &[Tool] = &[Tool {
-    program: "qemu-system-x86_64",
-    package: "qemu-system-x86",
-}];
+pub const BENCH_TOOLS: &[Tool] = &[Tool::new("qemu-system-x86_64", "qemu-system-x86")];
 
 /// The test runner; pinned, so that a release of it cannot break ours.
 const NEXTEST_VERSION: &str = "0.9.143";
@@ -54,15 +61,11 @@ const LOCK_WAIT: Duration = Duration::from_secs(300);
 
 /// Installs what is missing of `tools`.
 pub fn ensure(tools: &[Tool]) -> Result<()> {
-    let missing: Vec<Tool> = tools
-        .iter()
-        .copied()
-        .filter(|tool| shell::find(tool.program).is_none())
-        .collect();
+    let missing: Vec<Tool> = tools.iter().copied().filter(Tool::is_missing).collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let programs = join(missing.iter().map(|tool| tool.program));
+    let programs = join(missing.iter().map(|tool| tool.needed));
     let mut packages: Vec<&str> = missing.iter().map(|tool| tool.package).collect();
     packages.sort_unstable();
     packages.dedup();
@@ -88,13 +91,10 @@ pub fn ensure(tools: &[Tool]) -> Result<()> {
         privilege.apt_get(&["update"])?;
         privilege.apt_get(&install)?;
     }
-    if let Some(tool) = missing
-        .iter()
-        .find(|tool| shell::find(tool.program).is_none())
-    {
+    if let Some(tool) = missing.iter().find(|tool| tool.is_missing()) {
         bail!(
             "{} is still missing after installing {}",
-            tool.program,
+            tool.needed,
             tool.package
         );
     }
@@ -272,10 +272,6 @@ mod tests {
 
     #[test]
     fn nothing_missing_is_quick_and_silent() {
-        ensure(&[Tool {
-            program: "sh",
-            package: "dash",
-        }])
-        .unwrap();
+        ensure(&[Tool::new("sh", "dash"), Tool::new("/bin/sh", "dash")]).unwrap();
     }
 }

@@ -59,6 +59,7 @@ pub fn run(arguments: &TestArguments) -> Result<ExitCode> {
     let mut phases = Phases::default();
     let mut report = Report::default();
     let runner = phases.run("set-up", || -> Result<Runner> {
+        setup::ensure(setup::IMAGE_TOOLS)?;
         setup::ensure(setup::TEST_TOOLS)?;
         setup::ensure_components()?;
         Ok(setup::ensure_runner())
