@@ -71,6 +71,8 @@ pub struct MemSite {
     pub stack: bool,
     /// #GP unless the address is a multiple of this.
     pub align: u8,
+    /// A pending x87 exception comes before any fault of the operand.
+    pub x87: bool,
     /// Instructions of the block that retired before this one.
     pub index: u16,
     /// Where the guest goes on after a store, when it must leave the block.
@@ -95,6 +97,19 @@ pub struct InterpretSite {
     pub index: u16,
     /// It raises this vector instead (#UD, #NM).
     pub fault: Option<u8>,
+}
+
+/// An indirect near branch, for targets that are not canonical: the branch itself faults then.
+#[derive(Clone, Copy, Debug)]
+pub struct BranchSite {
+    /// RIP of the branch.
+    pub rip: u64,
+    /// What RSP moved by already.
+    pub moved: u32,
+    /// Counted as retired already.
+    pub counted: bool,
+    /// Instructions of the block that retired before this one.
+    pub index: u16,
 }
 
 /// A jump that can be pointed at its target once that is translated.
@@ -155,6 +170,7 @@ pub struct CodeMap {
     links: Vec<Link>,
     mem_sites: Vec<MemSite>,
     interpret_sites: Vec<InterpretSite>,
+    branch_sites: Vec<BranchSite>,
     fault_points: Vec<FaultPoint>,
     /// Set whenever a block died; the slow path then leaves translated code, because it may be the running one.
     pub stale: bool,
@@ -199,6 +215,7 @@ impl CodeMap {
             links: Vec::new(),
             mem_sites: Vec::new(),
             interpret_sites: Vec::new(),
+            branch_sites: Vec::new(),
             fault_points: Vec::new(),
             stale: false,
         })
@@ -263,6 +280,7 @@ impl CodeMap {
         self.links.clear();
         self.mem_sites.clear();
         self.interpret_sites.clear();
+        self.branch_sites.clear();
         self.fault_points.clear();
         self.used = self.reserved;
         self.stale = true;
@@ -302,6 +320,17 @@ impl CodeMap {
     /// An interpreted instruction.
     pub fn interpret_site(&self, id: u32) -> Option<InterpretSite> {
         self.interpret_sites.get(id as usize).copied()
+    }
+
+    /// Registers an indirect branch.
+    pub fn add_branch_site(&mut self, site: BranchSite) -> u32 {
+        self.branch_sites.push(site);
+        self.branch_sites.len() as u32 - 1
+    }
+
+    /// An indirect branch.
+    pub fn branch_site(&self, id: u32) -> Option<BranchSite> {
+        self.branch_sites.get(id as usize).copied()
     }
 
     /// The number the next link will get.

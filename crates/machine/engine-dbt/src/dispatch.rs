@@ -9,7 +9,7 @@ use strata_engine::x86::{CpuState, X86};
 use strata_engine::{EngineError, Exit, ExitCause, Input, InputLog, Inputs, IoBus, Kicker, Vcpu, VcpuStats};
 use strata_memory::Gpa;
 
-use crate::code::{CodeMap, Key, Next as After};
+use crate::code::{BranchSite, CodeMap, Key, Next as After};
 use crate::cpu::{BOUNCE_SIZE, Context, Cpu, flags, request};
 use crate::env::{Access, Env, Exec, Fault};
 use crate::interpret::Next;
@@ -387,6 +387,11 @@ impl Translated {
         let exit = match self.cpu.exit_reason {
             reason::LOOKUP => {
                 self.exit(ExitCause::Lookup);
+                if !canonical(self.cpu.rip)
+                    && let Some(site) = self.code.branch_site(self.cpu.exit_info as u32)
+                {
+                    return Ok(self.bad_target(bus, site));
+                }
                 None
             }
             reason::LINK => {
@@ -422,6 +427,18 @@ impl Translated {
             return Ok(self.after(next));
         }
         Ok(exit)
+    }
+
+    /// An indirect branch to an address that is not canonical: nothing of it has happened.
+    fn bad_target(&mut self, bus: &dyn IoBus, site: BranchSite) -> Option<Exit> {
+        self.cpu.rip = site.rip;
+        self.cpu.gpr[4] = self.cpu.gpr[4].wrapping_sub(u64::from(site.moved));
+        if self.options.count && site.counted {
+            self.cpu.retired -= 1;
+        } else if self.options.count {
+            self.cpu.retired += u64::from(site.index);
+        }
+        self.raise(bus, Fault::protection(0))
     }
 
     /// Enters translated code at `entry`; comes back with the fault the slow path raised, if it did.
@@ -723,11 +740,11 @@ impl Running {
         let Some(site) = exec.code.mem_site(site) else { return self.leave(0, 0, 0) };
         let linear = if exec.cpu.code_64() { linear } else { linear & 0xffff_ffff };
         let size = usize::from(site.size);
-        if linear & u64::from(site.align).wrapping_sub(1) != 0 {
-            self.fault = Some(Fault::protection(0));
-            return self.leave(reason::FAULT, site.rip, site.index);
-        }
-        let result = exec.slow_access(linear, size, site.access, site.stack, reference, &mut pending);
+        let result = if linear & u64::from(site.align).wrapping_sub(1) != 0 {
+            Err(Fault::protection(0))
+        } else {
+            exec.slow_access(linear, size, site.access, site.stack, reference, &mut pending)
+        };
         match result {
             Ok(host) => {
                 exec.cpu.temp[2] = u64::from(pending.is_some());
@@ -735,7 +752,8 @@ impl Running {
                 host as u64
             }
             Err(fault) => {
-                self.fault = Some(fault);
+                let pending = site.x87 && x87_exception_pending();
+                self.fault = Some(if pending { Fault::plain(16) } else { fault });
                 self.leave(reason::FAULT, site.rip, site.index)
             }
         }
@@ -768,6 +786,14 @@ impl Running {
         };
         self.leave(reason::STALE, rip, site.index + 1)
     }
+}
+
+/// True if the x87 unit, which holds the guest's state, has an unmasked exception pending.
+fn x87_exception_pending() -> bool {
+    let status: u16;
+    // SAFETY: FNSTSW only reads the status word.
+    unsafe { std::arch::asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags)) };
+    status & 0x80 != 0
 }
 
 /// Slow path of a memory operand, see `Stubs::slow`.

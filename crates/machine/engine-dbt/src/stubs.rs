@@ -149,6 +149,9 @@ pub fn build(code: &mut CodeMap, callbacks: &Callbacks) -> Result<Stubs, EngineE
     asm.load_ctx(RSP, off::HOST_RSP);
     pop_host_registers(&mut asm);
 
+    // The branch that comes here is named in RCX, in case its target is not canonical.
+    let lookup = asm.here();
+    asm.store_ctx(off::EXIT_INFO, RCX);
     let mut leave = |field: Option<(u32, u8)>, reason: u64| {
         let at = asm.here();
         if let Some((field, register)) = field {
@@ -158,7 +161,7 @@ pub fn build(code: &mut CodeMap, callbacks: &Callbacks) -> Result<Stubs, EngineE
         asm.jmp(exit);
         at
     };
-    let lookup = leave(Some((off::RIP, R10)), reason::LOOKUP);
+    leave(Some((off::RIP, R10)), reason::LOOKUP);
     let link = leave(Some((off::EXIT_INFO, RCX)), reason::LINK);
     let interpret = leave(Some((off::EXIT_INFO, RCX)), reason::INTERPRET);
     let request = leave(Some((off::RIP, R10)), reason::REQUEST);

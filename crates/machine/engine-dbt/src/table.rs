@@ -342,6 +342,8 @@ pub fn memory_use(instr: &Instruction, info: &InstructionInfo) -> Option<MemoryU
         OpAccess::None | OpAccess::NoMemAccess => return None,
     };
     let size = match instr.memory_size() {
+        // Only two of them matter, but AMD's processors load four bytes.
+        _ if instr.code() == Code::Movsxd_r16_rm16 => 4,
         MemorySize::FpuEnv14 => 14,
         MemorySize::FpuEnv28 => 28,
         size => size.size(),
@@ -359,11 +361,23 @@ pub fn alignment(instr: &Instruction) -> u8 {
         M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpistri | M::Pcmpistrm | M::Pcmpestri | M::Pcmpestrm
         | M::Pcmpestri64 | M::Pcmpestrm64 => 1,
         M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa => size,
+        // Vendors differ on the SHA instructions: the host decides when they run.
+        _ if instr.code().cpuid_features().contains(&CpuidFeature::SHA) => 1,
         _ if size == 16
             && instr.code().encoding() == iced_x86::EncodingKind::Legacy
-            && uses_vector(instr) && !uses_x87(instr) => 16,
+            && uses_vector(instr)
+            && !uses_x87(instr) =>
+        {
+            16
+        }
         _ => 1,
     }
+}
+
+/// True if a pending x87 exception is raised before `instr` does anything.
+pub fn waits_for_x87(instr: &Instruction) -> bool {
+    let mmx = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Register && instr.op_register(i).is_mm());
+    mmx || (uses_x87(instr) && !instr.op_code().is_fpu_no_wait())
 }
 
 /// The general-register operands of `instr`.

@@ -3,7 +3,7 @@
 //! A repeated instruction does a bounded amount of work, leaves its state in RCX, RSI and RDI and is begun again. Here
 //! is one element at a time, which is right everywhere; whole runs within a page are next door.
 
-use iced_x86::{Instruction, Mnemonic as M, OpKind};
+use iced_x86::{CodeSize, Instruction, Mnemonic as M, OpKind, Register};
 
 use super::Flow;
 use super::operand::size_mask;
@@ -82,7 +82,13 @@ impl StringOp {
             _ => None,
         })?;
         let size = instr.memory_size().size();
-        Some(StringOp { operation, repeat, size, address_size, segment: instr.memory_segment().number(), down })
+        // In 64-bit code overrides of anything but FS and GS mean nothing.
+        let segment = match instr.memory_segment() {
+            segment @ (Register::FS | Register::GS) => segment,
+            _ if instr.code_size() == CodeSize::Code64 => Register::DS,
+            segment => segment,
+        };
+        Some(StringOp { operation, repeat, size, address_size, segment: segment.number(), down })
     }
 
     pub fn address_mask(&self) -> u64 {

@@ -10,7 +10,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 use super::block::{Builder, Cold};
 use crate::asm::Here;
 use crate::asm::reg::{R8, R9, R10, R11, RCX, RSP};
-use crate::code::{Key, Link, Next};
+use crate::code::{BranchSite, Key, Link, Next};
 use crate::cpu::{JUMP_ENTRIES, off};
 use crate::mmu::OperandAccess;
 use crate::raw::Raw;
@@ -117,6 +117,7 @@ impl Builder<'_> {
                 self.trace_exit(Some(target));
             }
             self.asm.mov_imm(R10, target);
+            self.asm.mov_imm(RCX, u64::from(u32::MAX));
             self.asm.jmp_to(self.stubs.lookup);
             return;
         }
@@ -163,11 +164,36 @@ impl Builder<'_> {
         self.links.push(Link { patch: patch.0 as u32, cold: cold.0 as u32, target });
     }
 
-    /// Jumps to the address in R10. The block ends.
-    fn goto_indirect(&mut self, retired: u16) {
+    /// Notes an indirect branch that has moved RSP by `moved`.
+    fn branch_site(&mut self, moved: u32, counted: bool) -> u64 {
+        let site = BranchSite { rip: self.current_rip, moved, counted, index: self.index };
+        u64::from(self.code.add_branch_site(site))
+    }
+
+    /// Before a CALL pushes: leaves for the dispatcher if the target, in RCX and scratch word 0, is not canonical.
+    fn check_target(&mut self) {
+        let site = self.branch_site(0, false);
+        let lookup = self.stubs.lookup;
+        // RCX - (its low 48 bits, sign-extended), without flags.
+        self.asm.mov_imm(R10, 16);
+        self.asm.shift_x(1, R11, RCX, R10);
+        self.asm.shift_x(2, R11, R11, R10);
+        self.asm.bytes(&[0x49, 0xf7, 0xd3]); // not r11
+        self.asm.lea(RCX, Some(RCX), Some((R11, 1)), 1, false);
+        self.asm.unless_rcx_zero(|asm| {
+            asm.load_ctx(R10, off::temp(0));
+            asm.mov_imm(RCX, site);
+            asm.jmp_to(lookup);
+        });
+    }
+
+    /// Jumps to the address in R10; RSP moved by `moved` already. The block ends.
+    fn goto_indirect(&mut self, retired: u16, moved: u32) {
+        let site = self.branch_site(moved, true);
         self.count(retired);
         self.trace_exit(None);
         if self.mode.is_single() || self.options.reference {
+            self.asm.mov_imm(RCX, site);
             self.asm.jmp_to(self.stubs.lookup);
             return;
         }
@@ -177,7 +203,10 @@ impl Builder<'_> {
         self.asm.pext_ctx(R11, R10, off::JUMP_MASK);
         self.asm.load(RCX, RSP, Some((R11, 8)), off::jump_tag(privilege) as i32);
         self.asm.lea(RCX, Some(RCX), Some((R10, 1)), 0, false);
-        self.asm.unless_rcx_zero(|asm| asm.jmp_to(lookup));
+        self.asm.unless_rcx_zero(|asm| {
+            asm.mov_imm(RCX, site);
+            asm.jmp_to(lookup);
+        });
         self.asm.jmp_ctx_indexed(R11, off::jump_target(privilege));
     }
 
@@ -222,6 +251,9 @@ impl Builder<'_> {
         let direct = instr.op0_kind() != OpKind::Register && instr.op0_kind() != OpKind::Memory;
         if !direct {
             self.indirect_target(instr, size);
+            if self.mode.bits() == 64 {
+                self.check_target();
+            }
         }
         self.after_store = if direct { Next::Known(self.wrap(instr.near_branch_target())) } else { Next::Target };
         let back = self.wrap(instr.next_ip());
@@ -232,7 +264,7 @@ impl Builder<'_> {
             self.goto(self.wrap(instr.near_branch_target()), self.index + 1);
         } else {
             self.asm.load_ctx(R10, off::temp(0));
-            self.goto_indirect(self.index + 1);
+            self.goto_indirect(self.index + 1, 0);
         }
         false
     }
@@ -250,9 +282,10 @@ impl Builder<'_> {
             None
         });
         let extra = if instr.op_count() > 0 { instr.immediate16() } else { 0 };
-        self.move_stack(size as i32 + i32::from(extra));
+        let moved = size as i32 + i32::from(extra);
+        self.move_stack(moved);
         self.asm.load_ctx(R10, off::temp(0));
-        self.goto_indirect(self.index + 1);
+        self.goto_indirect(self.index + 1, moved as u32);
         false
     }
 
@@ -262,7 +295,7 @@ impl Builder<'_> {
             let size = self.branch_size(instr);
             self.indirect_target(instr, size);
             self.asm.load_ctx(R10, off::temp(0));
-            self.goto_indirect(self.index + 1);
+            self.goto_indirect(self.index + 1, 0);
         } else {
             self.goto(self.wrap(instr.near_branch_target()), self.index + 1);
         }

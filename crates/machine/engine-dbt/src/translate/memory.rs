@@ -8,7 +8,7 @@ use crate::asm::reg::{R10, R11, RCX};
 use crate::code::{FaultPoint, MemSite};
 use crate::cpu::off;
 use crate::mmu::OperandAccess;
-use crate::table::alignment;
+use crate::table::{alignment, waits_for_x87};
 
 /// Number of a segment register as in `Cpu::segments`.
 pub(super) fn segment_number(register: Register) -> usize {
@@ -104,6 +104,7 @@ impl Builder<'_> {
             access,
             stack,
             align: alignment(instr),
+            x87: waits_for_x87(instr),
             index: self.index,
             next: self.after_store,
         });

@@ -45,7 +45,7 @@ impl Builder<'_> {
         }
         let memory = memory_use(instr, info);
         let has_memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory);
-        let faults = uses_vector(instr) || matches!(instr.mnemonic(), Mnemonic::Div | Mnemonic::Idiv);
+        let faults = uses_vector(instr) || matches!(instr.mnemonic(), Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Wait);
         match memory {
             Some(memory) => {
                 self.linear_address(instr, 0);
@@ -202,7 +202,8 @@ impl Builder<'_> {
         }
         if loan.number == 1 {
             // CH: guest RCX is in R9, and only host CH can be written.
-            let value = if loan.scratch == RCX { R10 } else { loan.scratch };
+            // R10 may hold another register still; R11 is free again after the instruction.
+            let value = if loan.scratch == RCX { R11 } else { loan.scratch };
             self.asm.mov(value, loan.scratch);
             self.asm.mov(RCX, R9);
             self.asm.xchg(RAX, value);
