@@ -140,9 +140,14 @@ impl Kvm {
     }
 }
 
-fn set_up(vm: &VmFd) -> Result<(), EngineError> {
+/// What Intel's KVM wants to know before the first vCPU.
+pub(crate) fn set_up_for_intel(vm: &VmFd) -> Result<(), EngineError> {
     vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("placing the identity map"))?;
-    vm.set_tss_address(TSS_ADDRESS).map_err(failed("placing the TSS"))?;
+    vm.set_tss_address(TSS_ADDRESS).map_err(failed("placing the TSS"))
+}
+
+fn set_up(vm: &VmFd) -> Result<(), EngineError> {
+    set_up_for_intel(vm)?;
     enable(vm, KVM_CAP_SPLIT_IRQCHIP, IOAPIC_PINS.into()).map_err(failed("splitting the interrupt controller"))?;
     // Saved APIC state has the ID where the manual puts it, in both modes.
     enable(vm, KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS.into()).map_err(failed("setting up the x2APIC"))?;

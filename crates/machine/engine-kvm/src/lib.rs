@@ -16,6 +16,7 @@ mod engine;
 mod interrupts;
 mod kick;
 mod lapic;
+pub mod probe;
 mod slots;
 mod state;
 mod time;
