@@ -48,7 +48,7 @@ impl Exec<'_> {
     }
 
     pub(super) fn read_port(&mut self, port: u16, size: usize) -> u64 {
-        *self.env.stats.exits.entry(ExitCause::Port).or_default() += 1;
+        self.env.count_exit(ExitCause::Port);
         let bus = self.bus;
         let live = || {
             let mut bytes = [0; 4];
@@ -69,7 +69,7 @@ impl Exec<'_> {
     }
 
     pub(super) fn write_port(&mut self, port: u16, value: u64, size: usize) {
-        *self.env.stats.exits.entry(ExitCause::Port).or_default() += 1;
+        self.env.count_exit(ExitCause::Port);
         let bytes = value.to_le_bytes();
         let data = bytes.get(..size).unwrap_or(&[]);
         if !self.env.inputs.is_replay() && !self.env.ring_doorbell(DoorbellSpace::Port, port.into(), data) {

@@ -4,7 +4,9 @@
 //! An instruction either completes, with RIP moved on, or returns its fault with nothing architectural changed; the
 //! repeated string instructions and gathers keep what they did before a fault, as on the real processor.
 //!
-//! Limitations: hardware task switches (task gates, far jumps to a TSS, IRET with NT) raise #GP.
+//! Limitations: hardware task switches (task gates, far jumps to a TSS, IRET with NT) raise #GP; the pointers to the last
+//! x87 instruction and operand read as zero; the word that KVM's PV EOI names is never set, so that a guest ends every
+//! interrupt by its APIC.
 
 mod control;
 mod cpuid;
@@ -109,7 +111,7 @@ impl Exec<'_> {
 
     fn run(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
         if instr.has_lock_prefix() {
-            // Nothing that runs here can be locked, except MOV CR0 in AMD's way of writing CR8.
+            // Nothing that runs here can be locked.
             return Err(Fault::UNDEFINED);
         }
         if instr.is_string_instruction() {

@@ -87,7 +87,7 @@ mod tests {
             assert!(factor >= 1 << 31, "{hz}");
             let ticks = u128::from(hz) * 100;
             let shifted = if shift < 0 { ticks >> -shift } else { ticks << shift };
-            let ns = shifted * u128::from(factor) >> 32;
+            let ns = (shifted * u128::from(factor)) >> 32;
             assert!(ns.abs_diff(100_000_000_000) < 100, "{hz}: {ns}");
         }
     }

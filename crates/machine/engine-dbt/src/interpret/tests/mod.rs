@@ -89,6 +89,7 @@ impl Machine {
             apic: apics.add(0),
             inputs: Inputs::Live,
             stats: VcpuStats::default(),
+            exit_counts: Default::default(),
             doorbells: Arc::default(),
             divergence: None,
         };
