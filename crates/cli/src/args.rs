@@ -166,6 +166,8 @@ pub enum EngineArg {
     Auto,
     /// Binary translation
     Translate,
+    /// Hardware assist
+    Kvm,
 }
 
 impl From<EngineArg> for EngineChoice {
@@ -173,6 +175,7 @@ impl From<EngineArg> for EngineChoice {
         match engine {
             EngineArg::Auto => Self::Auto,
             EngineArg::Translate => Self::Translate,
+            EngineArg::Kvm => Self::Kvm,
         }
     }
 }
@@ -354,8 +357,8 @@ mod tests {
             "invalid value 'a,format=vmdk' for '--disk <FILE[,ro][,format=raw]>': disk format 'vmdk' is not known (known: raw); see --help",
         );
         refused(
-            "run tiny --engine kvm",
-            "invalid value 'kvm' for '--engine <ENGINE>' [possible values: auto, translate]; see --help",
+            "run tiny --engine tcg",
+            "invalid value 'tcg' for '--engine <ENGINE>' [possible values: auto, translate, kvm]; see --help",
         );
         refused(
             "run tiny --memry 1G",

@@ -1,7 +1,5 @@
 //! `strata info`: what this host offers, which engine a machine gets and why.
 
-use std::path::Path;
-
 use serde::Serialize;
 use strata_engine::x86::CpuModel;
 use strata_vmm::config::EngineChoice;
@@ -32,7 +30,7 @@ struct Host {
     cpus: usize,
     memory_bytes: Option<u64>,
     kernel: String,
-    kvm: &'static str,
+    kvm: engines::KvmVerdict,
 }
 
 #[derive(Serialize)]
@@ -64,6 +62,10 @@ pub fn run(args: &InfoArgs) -> Result<(), Failure> {
         Some(chosen) => format!("{}, because {}", chosen.name, chosen.reason),
         None => "none can run here".to_owned(),
     };
+    let figures = match host.kvm.figures.to_string() {
+        none if none.is_empty() => "not measured".to_owned(),
+        figures => figures,
+    };
     let mut rows = vec![
         row("version", info.version.to_owned()),
         row(
@@ -71,7 +73,7 @@ pub fn run(args: &InfoArgs) -> Result<(), Failure> {
             format!("{} ({}), {} CPUs{memory}", host.cpu, host.level, host.cpus),
         ),
         row("kernel", host.kernel.clone()),
-        row("/dev/kvm", host.kvm.to_owned()),
+        row("/dev/kvm", figures),
         row("engine", engine),
     ];
     let usable = |usable| if usable { "usable" } else { "not usable" };
@@ -101,15 +103,23 @@ fn gather() -> Info {
         Ok(_) => (true, "this host's CPU is x86-64-v2 or better".to_owned()),
         Err(error) => (false, chain(&error)),
     };
+    let host = host();
     Info {
         version: env!("CARGO_PKG_VERSION"),
-        host: host(),
-        engines: vec![EngineInfo {
-            name: "translate",
-            usable: translate.0,
-            reason: translate.1,
-        }],
-        engine: engines::choose(EngineChoice::Auto).ok(),
+        engines: vec![
+            EngineInfo {
+                name: "translate",
+                usable: translate.0,
+                reason: translate.1,
+            },
+            EngineInfo {
+                name: "kvm",
+                usable: host.kvm.usable,
+                reason: host.kvm.reason.clone(),
+            },
+        ],
+        engine: engines::choose_by(&host.kvm).ok(),
+        host,
         cpu_models: ["baseline", "host"].map(model).into(),
         image_cache: strata_image::Store::default_root()
             .ok()
@@ -147,23 +157,6 @@ fn host() -> Host {
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         memory_bytes: kib.map(|kib| kib << 10),
         kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
-        kvm: kvm(),
-    }
-}
-
-/// This version does not use it; whoever wonders why finds it here.
-fn kvm() -> &'static str {
-    let path = Path::new("/dev/kvm");
-    if !path.exists() {
-        "not there"
-    } else if std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open(path)
-        .is_ok()
-    {
-        "there; this version does not use it"
-    } else {
-        "there, but not for this user"
+        kvm: engines::probe_kvm(),
     }
 }

@@ -164,6 +164,8 @@ pub enum EngineChoice {
     Auto,
     /// Binary translation: any x86-64-v2 host.
     Translate,
+    /// Hardware assist: hosts with a `/dev/kvm`.
+    Kvm,
 }
 
 /// What is started.

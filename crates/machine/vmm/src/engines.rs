@@ -6,9 +6,12 @@ use serde::Serialize;
 use strata_engine::x86::{CpuModel, X86};
 use strata_engine::{Engine, EngineError, MachineClock};
 use strata_engine_dbt::{Translator, TranslatorConfig};
+use strata_engine_kvm::{Kvm, KvmConfig};
 use strata_memory::GuestMemory;
 
 use crate::config::EngineChoice;
+
+pub use strata_engine_kvm::probe::{Verdict as KvmVerdict, probe as probe_kvm};
 
 /// An engine of whatever kind.
 pub type AnyEngine = dyn Engine<Arch = X86>;
@@ -52,6 +55,31 @@ pub struct ChosenEngine {
 /// # Errors
 /// If no engine can run here.
 pub fn choose(choice: EngineChoice) -> Result<ChosenEngine, EngineError> {
+    match choice {
+        EngineChoice::Auto => choose_by(&probe_kvm()),
+        EngineChoice::Translate => translate("it was asked for"),
+        EngineChoice::Kvm => Ok(ChosenEngine {
+            name: "kvm",
+            reason: "it was asked for".to_owned(),
+        }),
+    }
+}
+
+/// Says which engine this host gets when nobody asks for one.
+///
+/// # Errors
+/// If no engine can run here.
+pub fn choose_by(kvm: &KvmVerdict) -> Result<ChosenEngine, EngineError> {
+    if !kvm.usable {
+        return translate(&kvm.reason);
+    }
+    Ok(ChosenEngine {
+        name: "kvm",
+        reason: kvm.reason.clone(),
+    })
+}
+
+fn translate(reason: &str) -> Result<ChosenEngine, EngineError> {
     let missing = missing_of_v2();
     if !missing.is_empty() {
         return Err(EngineError::Unsupported {
@@ -62,13 +90,9 @@ pub fn choose(choice: EngineChoice) -> Result<ChosenEngine, EngineError> {
             ),
         });
     }
-    let reason = match choice {
-        EngineChoice::Translate => "it was asked for".to_owned(),
-        EngineChoice::Auto => "it is the only engine of this version".to_owned(),
-    };
     Ok(ChosenEngine {
         name: "translate",
-        reason,
+        reason: reason.to_owned(),
     })
 }
 
@@ -115,7 +139,25 @@ pub fn host_level() -> &'static str {
 /// # Errors
 /// If it cannot run on this host.
 pub fn open(choice: EngineChoice, parts: EngineParts) -> Result<Arc<AnyEngine>, EngineError> {
-    choose(choice)?;
+    // What the options ask for, only the translator does.
+    if parts.options != EngineOptions::default() || choose(choice)?.name == "translate" {
+        return open_translator(parts);
+    }
+    let kvm = Kvm::new(KvmConfig {
+        memory: parts.memory.clone(),
+        clock: Arc::clone(&parts.clock),
+        model: parts.model.clone(),
+        vcpus: parts.cpus,
+    });
+    match kvm {
+        Ok(kvm) => Ok(Arc::new(kvm)),
+        // The probe cannot foresee every CPU model.
+        Err(_) if choice == EngineChoice::Auto => open_translator(parts),
+        Err(error) => Err(error),
+    }
+}
+
+fn open_translator(parts: EngineParts) -> Result<Arc<AnyEngine>, EngineError> {
     let translator = Translator::new(TranslatorConfig {
         memory: parts.memory,
         clock: parts.clock,

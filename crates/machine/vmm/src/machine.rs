@@ -127,7 +127,7 @@ impl Machine {
         ends: HostEnds,
         engine: impl FnOnce(EngineParts) -> Result<Arc<AnyEngine>, strata_engine::EngineError>,
     ) -> Result<Self, BuildError> {
-        check_cpus(config.cpus)?;
+        check_cpus(config.cpus, config.engine)?;
         let image = match &config.boot {
             BootSource::Files(files) => BootImage::open(files)?,
             BootSource::Image(name) => return Err(BuildError::UnresolvedImage(name.clone())),
@@ -466,10 +466,11 @@ impl Machine {
     }
 }
 
-fn check_cpus(asked: u32) -> Result<(), BuildError> {
+fn check_cpus(asked: u32, engine: config::EngineChoice) -> Result<(), BuildError> {
     let reason = match asked {
         0 => "a machine needs one",
         1 => return Ok(()),
+        2..=CPUS_MAX if engine == config::EngineChoice::Kvm => return Ok(()),
         2..=CPUS_MAX => "the translate engine runs one in this version",
         _ => "254 are the most",
     };
