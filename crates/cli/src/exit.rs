@@ -100,18 +100,32 @@ impl fmt::Display for Failure {
     }
 }
 
-/// An error's sentence and those of its causes. A cause that its effect already tells is left out.
+/// An error's sentence and those of its causes. A cause that its effect already tells is left out, and so are the
+/// numbers of system errors.
 pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
+    let mut text = without_numbers(&error.to_string());
     let mut cause = error.source();
     while let Some(error) = cause {
-        let sentence = error.to_string();
-        if !text.ends_with(&sentence) {
+        let sentence = without_numbers(&error.to_string());
+        if !text.contains(&sentence) {
             text = format!("{text}: {sentence}");
         }
         cause = error.source();
     }
     text
+}
+
+/// The text without each ` (os error 2)`, which says nothing that the words before it do not.
+fn without_numbers(text: &str) -> String {
+    let mut parts = text.split(" (os error ");
+    let mut kept = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        kept.push_str(
+            part.trim_start_matches(|c: char| c.is_ascii_digit() || c == '-')
+                .trim_start_matches(')'),
+        );
+    }
+    kept
 }
 
 /// The status for an I/O error on something the user named.
@@ -154,12 +168,15 @@ mod tests {
 
     #[test]
     fn causes_are_told_once() {
-        let cause = std::io::Error::other("the disk is on fire");
-        let error = anyhow::Error::new(cause).context("cannot read x");
-        let failure = Failure::from_error(ExitCode::Io, error.as_ref());
-        assert_eq!(
-            failure.with(vec!["line".into()]).to_string(),
-            "strata: cannot read x: the disk is on fire\nline"
-        );
+        let check = |context: &'static str, expected: &str| {
+            let cause = std::io::Error::from_raw_os_error(2);
+            let error = anyhow::Error::new(cause).context(context);
+            let failure = Failure::from_error(ExitCode::Io, error.as_ref());
+            assert_eq!(failure.with(vec!["line".into()]).to_string(), expected);
+        };
+        let message = "strata: cannot read x: No such file or directory";
+        check("cannot read x", &format!("{message}\nline"));
+        let tells = "cannot read x: No such file or directory (os error 2); try y";
+        check(tells, &format!("{message}; try y\nline"));
     }
 }

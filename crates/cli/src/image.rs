@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use strata_image::{Image, ImageError, Phase, Progress, Quiet, Recipe, Store};
 
@@ -184,22 +184,24 @@ fn distance(a: &str, b: &str) -> usize {
     row.last().copied().unwrap_or(0)
 }
 
+/// How often the time shown changes.
+const TICK: Duration = Duration::from_millis(120);
+
 /// Progress on a terminal: what is being done, how far it is, and since when.
 struct Bar {
     bar: ProgressBar,
     name: String,
     /// The unit changes with the phase, so the style is set when a phase first counts.
-    counting: Mutex<bool>,
+    counting: Mutex<Option<bool>>,
 }
 
 impl Bar {
+    /// Nothing is shown before the first phase: an image that is there needs none.
     fn new(name: &str) -> Self {
-        let bar = ProgressBar::new_spinner();
-        bar.enable_steady_tick(Duration::from_millis(120));
         Self {
-            bar,
+            bar: ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden()),
             name: name.to_owned(),
-            counting: Mutex::new(false),
+            counting: Mutex::new(None),
         }
     }
 
@@ -212,8 +214,8 @@ impl Bar {
             .counting
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        if *was != counting {
-            *was = counting;
+        if *was != Some(counting) {
+            *was = Some(counting);
             let template = if counting {
                 "{spinner} {msg} [{bar:30}] {percent}% ({elapsed})"
             } else {
@@ -228,6 +230,10 @@ impl Bar {
 
 impl Progress for Bar {
     fn phase(&self, phase: Phase) {
+        if self.bar.is_hidden() {
+            self.bar.set_draw_target(ProgressDrawTarget::stderr());
+            self.bar.enable_steady_tick(TICK);
+        }
         self.style(false);
         self.bar
             .set_message(format!("image {}: {phase}", self.name));

@@ -75,7 +75,7 @@ pub fn run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
 }
 
 fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
-    let timings = args.timings.then(|| Timings::new(started));
+    let mut timings = args.timings.then(|| Timings::new(started));
     let engine_options = EngineOptions {
         reference: args.reference,
         count: args.count,
@@ -87,6 +87,9 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         mode,
         name_stem,
     } = prepare::plan(args)?;
+    if let Some(timings) = &mut timings {
+        timings.mark("prepared", Instant::now());
+    }
     // After this no thread of ours is interrupted, so it comes before the first one.
     let signals = signals::block()?;
     let run_dir = take_name(&mut config, name_stem.as_deref())?;

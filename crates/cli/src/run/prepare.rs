@@ -171,3 +171,68 @@ fn stem(args: &RunArgs) -> String {
         .or_else(|| args.kernel.as_ref().and_then(of_file))
         .unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{self, Command, Parsed};
+    use strata_vmm::config::GUEST_CID;
+
+    fn plan_of(line: &[&str]) -> Plan {
+        let words = ["strata", "run"].iter().chain(line);
+        match args::parse(words.map(OsString::from)) {
+            Ok(Parsed::Command(Command::Run(args))) => plan(*args).unwrap(),
+            other => panic!("{line:?}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn nothing_is_added_to_a_kernel_of_ones_own() {
+        let append = "console=ttyS0  a=\"b c\" ";
+        let line = [
+            "--kernel",
+            "/x/vmlinuz-6.1",
+            "--initrd",
+            "i",
+            "--append",
+            append,
+        ];
+        let Plan {
+            config,
+            mode,
+            name_stem,
+        } = plan_of(&line);
+        let files = BootFiles {
+            kernel: "/x/vmlinuz-6.1".into(),
+            initrd: Some("i".into()),
+            append: append.to_owned(),
+        };
+        assert!(
+            config.name.as_str().starts_with("vmlinuz6-"),
+            "{}",
+            config.name
+        );
+        assert_eq!(name_stem.as_deref(), Some("vmlinuz-6"));
+        let expected = MachineConfig::new(config.name.clone(), BootSource::Files(files));
+        assert_eq!(config, expected);
+        assert!(matches!(mode, Mode::Console { kernel_log: true }));
+    }
+
+    #[test]
+    fn a_command_gets_a_socket_and_no_second_life() {
+        let line = ["--kernel", "k", "--name", "x", "-t", "--", "ls", "-l"];
+        let Plan {
+            config,
+            mode,
+            name_stem,
+        } = plan_of(&line);
+        assert_eq!((config.name.as_str(), name_stem), ("x", None));
+        assert_eq!(config.vsock.map(|vsock| vsock.cid), Some(GUEST_CID));
+        assert_eq!(config.on_reboot, OnReboot::Exit);
+        let Mode::Command(command) = mode else {
+            panic!("there is a command");
+        };
+        assert_eq!(command.argv, [b"ls".to_vec(), b"-l".to_vec()]);
+        assert!(command.tty);
+    }
+}
