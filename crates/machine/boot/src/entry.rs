@@ -119,7 +119,9 @@ impl Entry {
             low::PAGE_TABLES,
             page_tables(low::PAGE_TABLES.0),
         )?;
+        builder.reserve("the boot stack", low::STACK, low::STACK_SIZE)?;
         Ok(Self {
+            rsp: low::STACK.0 + low::STACK_SIZE,
             cr0: CR0_PG | CR0_ET | CR0_PE,
             cr3: low::PAGE_TABLES.0,
             cr4: CR4_PAE,
@@ -128,7 +130,8 @@ impl Entry {
         })
     }
 
-    /// 32-bit protected mode with flat segments and without paging (PVH, multiboot, Linux's 32-bit protocol).
+    /// 32-bit protected mode with flat segments, without paging (PVH, multiboot, Linux's 32-bit protocol) and without
+    /// a stack: none of them promises one, and kernels may lie where it would be.
     pub(crate) fn protected32(
         builder: &mut Builder,
         registers: Registers,
@@ -138,11 +141,10 @@ impl Entry {
 
     fn flat(builder: &mut Builder, registers: Registers, cs: Segment) -> Result<Self, BootError> {
         builder.place("the descriptor table", low::GDT, gdt(cs))?;
-        builder.reserve("the boot stack", low::STACK, low::STACK_SIZE)?;
         let Registers { rip, rax, rbx, rsi } = registers;
         Ok(Self {
             rip,
-            rsp: low::STACK.0 + low::STACK_SIZE,
+            rsp: 0,
             rax,
             rbx,
             rsi,

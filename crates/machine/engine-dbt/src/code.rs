@@ -67,6 +67,8 @@ pub struct MemSite {
     pub size: u8,
     /// What is done with it.
     pub access: OperandAccess,
+    /// Its segment as in `Cpu::segments`.
+    pub segment: u8,
     /// #SS instead of #GP.
     pub stack: bool,
     /// #GP unless the address is a multiple of this.

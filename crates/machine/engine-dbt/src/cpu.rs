@@ -239,6 +239,8 @@ pub struct Cpu {
     pub tsc_offset: u64,
     /// One instruction long after STI, MOV SS, POP SS no interrupt is taken.
     pub interrupt_shadow: bool,
+    /// What debug exception the current instruction ends in.
+    pub debug: crate::debug::Debug,
     /// From an NMI's delivery to the next IRET.
     pub nmi_blocked: bool,
     /// In HLT.
@@ -397,6 +399,7 @@ impl Cpu {
         (self.star, self.lstar, self.cstar, self.sfmask, self.kernel_gs_base) = (0, 0, 0, 0, 0);
         (self.sysenter_cs, self.sysenter_esp, self.sysenter_eip, self.tsc_aux) = (0, 0, 0, 0);
         self.interrupt_shadow = false;
+        self.debug = crate::debug::Debug::default();
         self.nmi_blocked = false;
         self.halted = false;
         self.mxcsr = 0x1f80;
@@ -430,6 +433,11 @@ impl Cpu {
         } else {
             (self.segments[1].selector & 3) as u8
         }
+    }
+
+    /// True if user code asked for #AC on unaligned accesses.
+    pub fn alignment_checked(&self) -> bool {
+        self.system_flags & flags::AC != 0 && self.cr0 & control::CR0_AM != 0 && self.cpl() == 3
     }
 
     /// TLB and jump cache in use.

@@ -370,10 +370,16 @@ impl Translated {
     /// Finds the next block, runs it and whatever is chained to it, and handles why it came back.
     fn step(&mut self, bus: &dyn IoBus) -> Result<Option<Exit>, EngineError> {
         let mut mode = Mode::of(&self.cpu);
-        let trap = self.cpu.system_flags & flags::TF != 0;
+        if self.cpu.debug_before() {
+            return Ok(self.raise(bus, Fault::plain(1)));
+        }
         if self.cpu.interrupt_shadow {
             self.cpu.interrupt_shadow = false;
             mode = mode.single();
+            if self.env.apic.pending() {
+                // It was asked for while interrupts were held off, without effect.
+                self.cpu.raise_request(request::INTERRUPT);
+            }
         }
         let (block, key, global) = match self.find(mode, bus)? {
             Ok(found) => found,
@@ -415,8 +421,10 @@ impl Translated {
             other => return Err(EngineError::Internal(format!("unknown exit reason {other}"))),
         };
         self.code.stale = false;
-        if exit.is_none() && trap && self.cpu.exit_reason != reason::REQUEST {
-            self.cpu.dr6 |= 1 << 14;
+        if self.cpu.watching() && self.cpu.exit_reason != reason::INTERPRET {
+            self.cpu.system_flags &= !flags::RF;
+        }
+        if exit.is_none() && self.cpu.exit_reason != reason::REQUEST && self.cpu.debug_after() {
             self.env.stats.exceptions += 1;
             self.count_step();
             if self.stop_on_exception {
@@ -483,6 +491,9 @@ impl Translated {
             }
         } else {
             linear &= 0xffff_ffff;
+        }
+        if mode.bits() != 64 && rip > u64::from(self.cpu.segments[1].limit) {
+            return Ok(Err(Fault::protection(0)));
         }
         let user = mode.user();
         let (gpa, global) = match self.exec(bus).translate(linear, Access::Fetch, user) {
@@ -740,7 +751,10 @@ impl Running {
         let Some(site) = exec.code.mem_site(site) else { return self.leave(0, 0, 0) };
         let linear = if exec.cpu.code_64() { linear } else { linear & 0xffff_ffff };
         let size = usize::from(site.size);
-        let result = if linear & u64::from(site.align).wrapping_sub(1) != 0 {
+        let checked = exec.check_operand(site.segment.into(), linear, size, site.access);
+        let result = if let Err(fault) = checked {
+            Err(fault)
+        } else if linear & u64::from(site.align).wrapping_sub(1) != 0 {
             Err(Fault::protection(0))
         } else {
             exec.slow_access(linear, size, site.access, site.stack, reference, &mut pending)

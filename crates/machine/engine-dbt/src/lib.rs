@@ -5,7 +5,7 @@
 //! dispatcher ([`dispatch`]) sends each trap on: to the allocator ([`mmu`], [`apic`]) when an instruction changes
 //! what the guest owns, to the interpreter ([`interpret`]) when it is sensitive. It knows no device and no file.
 //!
-//! Limits today: one vCPU; hosts need AVX2 and BMI2; no hardware breakpoints.
+//! Limits today: one vCPU; hosts need AVX2 and BMI2.
 
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
@@ -15,6 +15,7 @@ pub mod apic;
 mod asm;
 pub mod code;
 pub mod cpu;
+mod debug;
 pub mod dispatch;
 mod engine;
 pub mod env;

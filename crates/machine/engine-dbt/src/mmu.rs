@@ -447,6 +447,7 @@ impl Exec<'_> {
 
     /// Loads from linear memory at the current privilege.
     pub fn load(&mut self, linear: u64, data: &mut [u8]) -> Result<(), Fault> {
+        self.cpu.note_access(linear, data.len(), crate::debug::Watched::Read);
         let user = self.cpu.cpl() == 3;
         self.load_as(linear, data, user)
     }
@@ -472,6 +473,7 @@ impl Exec<'_> {
 
     /// Stores to linear memory at the current privilege. All of it or, on a fault, nothing (up to 4 KiB).
     pub fn store(&mut self, linear: u64, data: &[u8]) -> Result<(), Fault> {
+        self.cpu.note_access(linear, data.len(), crate::debug::Watched::Write);
         let user = self.cpu.cpl() == 3;
         self.store_as(linear, data, user)
     }
@@ -513,6 +515,9 @@ impl Exec<'_> {
 
     /// Host address of `linear` and the bytes left in its page, if it is RAM that may be accessed directly.
     pub fn ram_window(&mut self, linear: u64, access: Access) -> Result<Option<(*mut u8, usize)>, Fault> {
+        if self.cpu.watching() {
+            return Ok(None);
+        }
         let user = self.cpu.cpl() == 3;
         let to = self.translate(linear, access, user)?;
         let left = 4096 - (linear & 0xfff) as usize;
@@ -524,6 +529,30 @@ impl Exec<'_> {
             }
         }
         Ok(Some((host, left)))
+    }
+
+    /// What the soft TLB knows nothing of: segment limits and rights outside of 64-bit code, breakpoints, and the
+    /// alignment that user code may ask for. The mode word sees to it that every access that needs this comes here.
+    pub fn check_operand(
+        &mut self,
+        segment: usize,
+        linear: u64,
+        size: usize,
+        access: OperandAccess,
+    ) -> Result<(), Fault> {
+        let kind = if access == OperandAccess::Read { Access::Read } else { Access::Write };
+        if !self.cpu.code_64() {
+            let base = self.cpu.segments.get(segment).map_or(0, |segment| segment.base);
+            self.linear(segment, linear.wrapping_sub(base) & 0xffff_ffff, size, kind)?;
+        }
+        let boundary = if size == 10 { 8 } else { size as u64 };
+        if self.cpu.alignment_checked() && matches!(size, 2 | 4 | 8 | 10) && linear % boundary != 0 {
+            self.probe(linear, size, kind)?;
+            return Err(Fault { vector: 17, error: Some(0), cr2: 0 });
+        }
+        let what = if access == OperandAccess::Read { crate::debug::Watched::Read } else { crate::debug::Watched::Write };
+        self.cpu.note_access(linear, size, what);
+        Ok(())
     }
 
     /// The slow path of an operand of translated code: fills the TLB and returns the host address, or copies the

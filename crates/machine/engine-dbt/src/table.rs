@@ -187,6 +187,9 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
         M::Ud0 | M::Ud1 | M::Ud2 => return Treatment::Undefined,
         _ => {}
     }
+    if matches!(instr.mnemonic(), M::Vmcall | M::Vmmcall) {
+        return Treatment::Interpret;
+    }
     if !features.allows(code) {
         return Treatment::Undefined;
     }
@@ -217,7 +220,7 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
         return Treatment::Interpret;
     }
     let vector = uses_vector(instr);
-    if vector && ((context.no_sse && !uses_x87(instr)) || (context.no_avx && is_vex(instr))) {
+    if vector && if is_vex(instr) { context.no_avx } else { context.no_sse && !uses_x87(instr) } {
         return Treatment::Undefined;
     }
     if (vector || uses_x87(instr)) && context.fpu_trap {

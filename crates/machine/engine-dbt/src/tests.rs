@@ -1,5 +1,7 @@
 //! Small programs through the whole engine: translated and interpreted code, page tables, exits.
 
+mod modes;
+
 use std::sync::{Arc, Mutex};
 
 use strata_engine::x86::{CpuModel, Segment};

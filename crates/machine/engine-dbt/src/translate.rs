@@ -13,6 +13,8 @@ mod stack;
 
 pub use block::{Fetch, Translated, translate};
 
+use strata_engine::x86::Segment;
+
 use crate::cpu::{Cpu, control, flags};
 use crate::table::Context;
 
@@ -30,6 +32,11 @@ pub struct Options {
     pub trace: bool,
 }
 
+/// True if nothing of a segment has to be checked at an access: present, writable, without limit.
+fn whole(segment: &Segment) -> bool {
+    segment.limit == u32::MAX && segment.attributes & 0x9e == 0x92
+}
+
 /// The mode word: everything besides the bytes that decides what a block means.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Mode(pub u32);
@@ -43,6 +50,9 @@ impl Mode {
     const SINGLE: u32 = 128;
     const NOT_FLAT: u32 = 256;
     const STACK_16: u32 = 512;
+    const SLOW: u32 = 1024;
+    const SLOW_FS: u32 = 2048;
+    const SLOW_GS: u32 = 4096;
 
     /// The mode a vCPU is in.
     pub fn of(cpu: &Cpu) -> Mode {
@@ -62,20 +72,35 @@ impl Mode {
         if cpu.cr4 & control::CR4_OSFXSR == 0 || cpu.cr0 & control::CR0_EM != 0 {
             word |= Mode::NO_SSE;
         }
-        if cpu.cr4 & control::CR4_OSXSAVE == 0 || cpu.xcr0 & 6 != 6 {
+        let protected = cpu.cr0 & control::CR0_PE != 0 && cpu.system_flags & flags::VM == 0;
+        if cpu.cr4 & control::CR4_OSXSAVE == 0 || cpu.xcr0 & 6 != 6 || !protected {
             word |= Mode::NO_AVX;
         }
         if cpu.system_flags & flags::TF != 0 {
             word |= Mode::SINGLE;
         }
         if word & 3 != 2 {
-            let [es, _, ss, ds, ..] = &cpu.segments;
+            let [es, _, ss, ds, fs, gs] = &cpu.segments;
             if es.base != 0 || ss.base != 0 || ds.base != 0 {
                 word |= Mode::NOT_FLAT;
             }
             if !ss.default_32() {
                 word |= Mode::STACK_16;
             }
+            if [es, ss, ds].into_iter().any(|segment| !whole(segment)) {
+                word |= Mode::SLOW;
+            }
+            for (segment, bit) in [(fs, Mode::SLOW_FS), (gs, Mode::SLOW_GS)] {
+                if !whole(segment) {
+                    word |= bit;
+                }
+            }
+        }
+        if cpu.watching() {
+            word |= Mode::SINGLE | Mode::SLOW | Mode::SLOW_FS | Mode::SLOW_GS;
+        }
+        if cpu.alignment_checked() {
+            word |= Mode::SLOW | Mode::SLOW_FS | Mode::SLOW_GS;
         }
         Mode(word)
     }
@@ -107,6 +132,17 @@ impl Mode {
     /// Some of DS, ES, SS has a base.
     pub fn segmented(self) -> bool {
         self.0 & Mode::NOT_FLAT != 0
+    }
+
+    /// Accesses in segment `seg` are checked for more than the soft TLB knows.
+    pub fn slow(self, seg: usize) -> bool {
+        let bit = match seg {
+            1 if self.bits() != 64 => return true,
+            4 => Mode::SLOW_FS,
+            5 => Mode::SLOW_GS,
+            _ => Mode::SLOW,
+        };
+        self.0 & bit != 0
     }
 
     /// SP instead of ESP.

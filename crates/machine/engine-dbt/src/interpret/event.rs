@@ -129,6 +129,10 @@ impl Exec<'_> {
             return Err(Fault::protection(0));
         }
         self.deliver(Event { vector, error: None, origin, rip: next_rip })?;
+        if origin == Origin::PrivilegedSoftware {
+            // A debug exception itself, together with what MOV SS held back.
+            self.cpu.dr6 |= std::mem::take(&mut self.cpu.debug.carried);
+        }
         Ok(Flow::Jumped)
     }
 
@@ -142,6 +146,7 @@ impl Exec<'_> {
             self.deliver_protected(event)
         }?;
         self.cpu.interrupt_shadow = false;
+        self.cpu.debug.entered = true;
         Ok(())
     }
 

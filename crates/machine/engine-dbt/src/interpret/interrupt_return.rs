@@ -118,7 +118,11 @@ impl Exec<'_> {
     /// Replaces the flags in `allowed` by those of an image of `size` bytes.
     pub(super) fn restore_flags(&mut self, image: u64, allowed: u64, size: usize) {
         let allowed = allowed & size_mask(size);
-        let flags = self.cpu.rflags();
-        self.cpu.set_rflags(flags & !allowed | image & allowed);
+        let old = self.cpu.rflags();
+        self.cpu.set_rflags(old & !allowed | image & allowed);
+        if !self.cpu.watching() {
+            // Without breakpoints nothing looks at RF, so it is as good as used up.
+            self.cpu.system_flags &= !flags::RF;
+        }
     }
 }

@@ -5,6 +5,7 @@ use strata_engine::{DoorbellSpace, ExitCause, Input};
 
 use super::Flow;
 use super::operand::size_mask;
+use crate::debug::Watched;
 use crate::env::{Exec, Fault};
 
 /// Where the TSS says how far away its I/O permission map begins.
@@ -49,6 +50,7 @@ impl Exec<'_> {
 
     pub(super) fn read_port(&mut self, port: u16, size: usize) -> u64 {
         self.env.count_exit(ExitCause::Port);
+        self.cpu.note_access(port.into(), size, Watched::Port);
         let bus = self.bus;
         let live = || {
             let mut bytes = [0; 4];
@@ -70,6 +72,7 @@ impl Exec<'_> {
 
     pub(super) fn write_port(&mut self, port: u16, value: u64, size: usize) {
         self.env.count_exit(ExitCause::Port);
+        self.cpu.note_access(port.into(), size, Watched::Port);
         let bytes = value.to_le_bytes();
         let data = bytes.get(..size).unwrap_or(&[]);
         if !self.env.inputs.is_replay() && !self.env.ring_doorbell(DoorbellSpace::Port, port.into(), data) {

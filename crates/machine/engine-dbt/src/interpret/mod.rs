@@ -84,7 +84,8 @@ impl Exec<'_> {
         match flow {
             Flow::Jumped => Ok(Next::Continue),
             Flow::Again => {
-                self.cpu.system_flags |= resume;
+                // Between elements an execute breakpoint must not fault again.
+                self.cpu.system_flags |= if self.cpu.watching() { rflags::RF } else { resume };
                 Ok(Next::RepeatLater)
             }
             Flow::Next => {
@@ -125,6 +126,7 @@ impl Exec<'_> {
             M::Rdtsc => self.rdtsc(false),
             M::Rdtscp => self.rdtsc(true),
             M::Rdpid => self.rdpid(instr),
+            M::Vmcall | M::Vmmcall => self.hypercall(),
             M::Rdpmc => Err(Fault::protection(0)),
             M::Rdrand | M::Rdseed => self.random(instr),
 

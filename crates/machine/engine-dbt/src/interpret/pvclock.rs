@@ -3,7 +3,8 @@
 
 use strata_memory::Gpa;
 
-use crate::env::Exec;
+use super::Flow;
+use crate::env::{Exec, Fault};
 
 /// In the system-time MSR: switched on.
 const ENABLED: u64 = 1;
@@ -27,7 +28,19 @@ fn scale(tsc_hz: u64) -> (u32, i8) {
     (u32::try_from(factor(shift)).unwrap_or(u32::MAX), shift)
 }
 
+/// KVM's answers to a hypercall: not known, not allowed.
+const HYPERCALL_UNKNOWN: i64 = -1000;
+const HYPERCALL_FORBIDDEN: i64 = -1;
+
 impl Exec<'_> {
+    /// VMCALL and VMMCALL: the paravirtual leaves name KVM, whose hypercalls exist but of which none is offered.
+    pub(super) fn hypercall(&mut self) -> Result<Flow, Fault> {
+        let answer = if self.cpu.cpl() == 0 { HYPERCALL_UNKNOWN } else { HYPERCALL_FORBIDDEN };
+        let size = if self.cpu.code_64() { 8 } else { 4 };
+        self.set_reg(0, answer as u64, size);
+        Ok(Flow::Next)
+    }
+
     /// Writes the system-time structure if the guest switched it on. Also needed after the clock was set or the
     /// time-stamp counter moved.
     pub fn publish_clock(&mut self) {

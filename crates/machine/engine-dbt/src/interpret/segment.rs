@@ -232,8 +232,14 @@ impl Exec<'_> {
         }
         let selector = self.read_selector(instr, 1)?;
         self.load_segment(index, selector)?;
-        self.cpu.interrupt_shadow = index == SS;
+        self.shadow_after(index);
         Ok(Flow::Next)
+    }
+
+    /// After a load of SS neither interrupts nor debug traps come before the next instruction has ended.
+    fn shadow_after(&mut self, index: usize) {
+        self.cpu.interrupt_shadow = index == SS;
+        self.cpu.debug.shadow = index == SS;
     }
 
     pub(super) fn move_from_segment(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
@@ -287,7 +293,7 @@ impl Exec<'_> {
         stack.pointer = stack.pointer.wrapping_add(size as u64) & stack.mask;
         self.load_segment(index, selector)?;
         self.set_stack(stack);
-        self.cpu.interrupt_shadow = index == SS;
+        self.shadow_after(index);
         Ok(Flow::Next)
     }
 
@@ -324,7 +330,8 @@ impl Exec<'_> {
             let Some(&segment) = self.cpu.segments.get(index) else { continue };
             let data_or_nonconforming = segment.attributes & 0x1c != 0x1c;
             if !segment.null() && segment.present() && data_or_nonconforming && segment.dpl() < cpl {
-                self.cpu.set_segment(index, null_segment(0));
+                // Processors leave the base, which FS and GS still have in 64-bit mode.
+                self.cpu.set_segment(index, Segment { base: segment.base, ..null_segment(0) });
             }
         }
     }
@@ -344,9 +351,9 @@ impl Exec<'_> {
         if inside { Ok(()) } else { Err(Fault::protection(0)) }
     }
 
-    /// True while single-stepping.
+    /// True while instructions may end in a debug trap.
     pub fn trap_flag(&self) -> bool {
-        self.cpu.system_flags & flags::TF != 0
+        self.cpu.system_flags & flags::TF != 0 || self.cpu.watching()
     }
 }
 

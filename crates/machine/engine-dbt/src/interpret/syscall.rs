@@ -38,6 +38,7 @@ impl Exec<'_> {
         self.cpu.set_segment(CS, flat_code(selector & 0xfffc, 0, true));
         self.cpu.set_segment(SS, flat_stack((selector & 0xfffc).wrapping_add(8), 0));
         self.cpu.rip = self.cpu.lstar;
+        self.cpu.debug.step = self.trap_flag_set();
         Ok(Flow::Jumped)
     }
 
@@ -57,7 +58,13 @@ impl Exec<'_> {
         let code = if to_64 { base.wrapping_add(16) } else { base };
         self.cpu.set_segment(CS, flat_code(code | 3, 3, to_64));
         self.cpu.set_segment(SS, flat_stack(base.wrapping_add(8) | 3, 3));
+        self.cpu.debug.step = self.trap_flag_set();
         Ok(Flow::Jumped)
+    }
+
+    /// SYSCALL and SYSRET are stepped if TF is set when they end.
+    fn trap_flag_set(&self) -> bool {
+        self.cpu.system_flags & flags::TF != 0
     }
 
     pub(super) fn sysenter(&mut self) -> Result<Flow, Fault> {

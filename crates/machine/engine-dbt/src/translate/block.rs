@@ -153,6 +153,10 @@ pub fn translate(
         if raw.is_none() && how != Treatment::Undefined {
             how = Treatment::Interpret;
         }
+        if how == Treatment::PushFlags && mode.is_single() {
+            // RF, which breakpoints use, is not pushed.
+            how = Treatment::Interpret;
+        }
         if how == Treatment::Sti && (usize::from(builder.index) + 1 >= last || decoder.position() >= fetch.in_page) {
             how = Treatment::Interpret;
         }
@@ -169,6 +173,11 @@ pub fn translate(
         }
         if after_sti {
             builder.fall_through(true);
+            break decoder.position();
+        }
+        if builder.next_rip < builder.current_rip {
+            // The instruction pointer wrapped, the bytes go on.
+            builder.fall_through(false);
             break decoder.position();
         }
         if how == Treatment::Sti {

@@ -57,9 +57,14 @@ impl Builder<'_> {
             .then(|| (self.address_register(index, R11), instr.memory_index_scale() as u8));
         self.asm.lea(R10, base, index, disp, size < 8);
         if size == 2 {
-            // movzx r10d, r10w
-            self.asm.bytes(&[0x45, 0x0f, 0xb7, 0xd2]);
+            self.truncate_address();
         }
+    }
+
+    /// Makes the address in R10 one of 16 bits.
+    pub fn truncate_address(&mut self) {
+        // movzx r10d, r10w
+        self.asm.bytes(&[0x45, 0x0f, 0xb7, 0xd2]);
     }
 
     /// Host register that holds an address register, loaded into `scratch` if it lives in the context.
@@ -98,10 +103,12 @@ impl Builder<'_> {
         stack: bool,
         op: impl FnOnce(&mut Self) -> Option<FaultPoint>,
     ) {
+        let segment = if stack { 2 } else { segment_number(instr.memory_segment()) };
         let site = self.code.add_mem_site(MemSite {
             rip: instr.ip(),
             size: size as u8,
             access,
+            segment: segment as u8,
             stack,
             align: alignment(instr),
             x87: waits_for_x87(instr),
@@ -113,7 +120,7 @@ impl Builder<'_> {
         if traced {
             self.asm.store_ctx(off::temp(7), R10);
         }
-        if self.options.reference {
+        if self.options.reference || self.mode.slow(segment) {
             self.asm.mov_imm(RCX, u64::from(site));
             self.asm.call_to(self.stubs.slow);
             op(self);

@@ -163,8 +163,7 @@ impl Builder<'_> {
     fn widen(&self, instr: &Instruction, raw: Raw, encode: &mut Encode) -> Raw {
         use iced_x86::MandatoryPrefix as M;
         let info = instr.op_code();
-        encode.p66 = info.mandatory_prefix() == M::P66
-            || (info.mandatory_prefix() == M::None && info.operand_size() == 16);
+        encode.p66 = info.mandatory_prefix() == M::P66 || (raw.vex.is_none() && info.operand_size() == 16);
         let mut raw = raw;
         if raw.vex.is_none() && raw.map == 0 {
             match raw.opcode {
@@ -272,7 +271,8 @@ impl Builder<'_> {
         let access = if store { OperandAccess::Write } else { OperandAccess::Read };
         self.linear_address(instr, 0);
         let p66 = size == 2;
-        self.access(instr, access, size, false, |b| {
+        let stack = instr.memory_segment() == iced_x86::Register::SS;
+        self.access(instr, access, size, stack, |b| {
             let encode = Encode {
                 raw: mov,
                 p66,
@@ -305,6 +305,9 @@ impl Builder<'_> {
         self.asm.shift_x(2, RCX, RCX, R11);
         let narrow = instr.memory_base().size() == 4 || instr.memory_index().size() == 4 || self.mode.bits() != 64;
         self.asm.lea(R10, Some(R10), Some((RCX, wide)), 0, narrow);
+        if instr.memory_base().size() == 2 || instr.memory_index().size() == 2 || instr.memory_displ_size() == 2 {
+            self.truncate_address();
+        }
         self.add_segment(super::memory::segment_number(instr.memory_segment()));
         let access = if instr.mnemonic() == Mnemonic::Bt { OperandAccess::Read } else { OperandAccess::ReadWrite };
         let stack = self.stack_segment(instr);

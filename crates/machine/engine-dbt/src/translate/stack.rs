@@ -1,6 +1,6 @@
 //! PUSH, POP, LEAVE, PUSHF: stack memory goes through the same check as any other.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Instruction, OpKind};
 
 use super::block::Builder;
 use super::operand::host_register;
@@ -16,8 +16,7 @@ impl Builder<'_> {
         self.asm.lea(R10, Some(source), None, disp, !wide);
         if !wide {
             if self.mode.stack_16() {
-                // movzx r10d, r10w
-                self.asm.bytes(&[0x45, 0x0f, 0xb7, 0xd2]);
+                self.truncate_address();
             }
             self.add_segment(2);
         }

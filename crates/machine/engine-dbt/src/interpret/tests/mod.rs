@@ -249,8 +249,8 @@ fn what_is_not_an_instruction_here_is_undefined() {
     let before = machine.cpu.rflags();
     for bytes in [
         &[0x0f, 0x0b][..],       // ud2
-        &[0x0f, 0x01, 0xd9],     // vmmcall
-        &[0x0f, 0x01, 0xc1],     // vmcall
+        &[0x0f, 0x01, 0xd8],     // vmrun
+        &[0x0f, 0x01, 0xc2],     // vmlaunch
         &[0x0f, 0x01, 0xcb],     // stac
         &[0x0f, 0x01, 0xc8],     // monitor
         &[0x0f, 0xc7, 0x30],     // vmptrld
