@@ -81,7 +81,9 @@ impl Apic {
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes the registers, then tells the vCPU and the timer what follows.
@@ -232,7 +234,10 @@ impl Apic {
 
     /// Reads the register page.
     pub fn mmio_read(&self, gpa: u64, data: &mut [u8], now_ns: u64) {
-        let value = self.lock().read(gpa as usize >> 4 & 0xff, now_ns).unwrap_or(0);
+        let value = self
+            .lock()
+            .read(gpa as usize >> 4 & 0xff, now_ns)
+            .unwrap_or(0);
         let bytes = value.to_le_bytes();
         let skip = gpa as usize & 15;
         for (i, to) in data.iter_mut().enumerate() {
@@ -242,7 +247,9 @@ impl Apic {
 
     /// Writes the register page. Only aligned 32-bit writes do something, as on the real one.
     pub fn mmio_write(&self, gpa: u64, data: &[u8], now_ns: u64, bus: &dyn IoBus) {
-        let (Ok(bytes), 0) = (<[u8; 4]>::try_from(data), gpa & 15) else { return };
+        let (Ok(bytes), 0) = (<[u8; 4]>::try_from(data), gpa & 15) else {
+            return;
+        };
         let value = u32::from_le_bytes(bytes);
         if let Ok(effect) = self.update(|r| r.write(gpa as usize >> 4 & 0xff, value, now_ns)) {
             self.follow(effect, bus);
@@ -255,7 +262,13 @@ impl Apic {
     }
 
     /// Writes x2APIC register `index` (MSR number less 0x800).
-    pub fn msr_write(&self, index: usize, value: u64, now_ns: u64, bus: &dyn IoBus) -> Result<(), Invalid> {
+    pub fn msr_write(
+        &self,
+        index: usize,
+        value: u64,
+        now_ns: u64,
+        bus: &dyn IoBus,
+    ) -> Result<(), Invalid> {
         let effect = self.update(|r| r.msr_write(index, value, now_ns))?;
         self.follow(effect, bus);
         Ok(())

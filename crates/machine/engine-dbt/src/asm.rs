@@ -36,7 +36,10 @@ pub struct Asm {
 impl Asm {
     /// Starts code that will run at `base`.
     pub fn new(base: u64) -> Self {
-        Asm { code: Vec::with_capacity(1024), base }
+        Asm {
+            code: Vec::with_capacity(1024),
+            base,
+        }
     }
 
     /// The current place.
@@ -55,7 +58,8 @@ impl Asm {
     }
 
     fn rex_w(&mut self, r: u8, x: u8, b: u8) {
-        self.code.push(0x48 | (r >> 3) << 2 | (x >> 3) << 1 | b >> 3);
+        self.code
+            .push(0x48 | (r >> 3) << 2 | (x >> 3) << 1 | b >> 3);
     }
 
     fn rex_opt(&mut self, w: bool, r: u8, x: u8, b: u8) {
@@ -148,7 +152,14 @@ impl Asm {
     }
 
     /// `lea dst, [base + index*scale + disp]`; 32-bit address arithmetic if `narrow` (upper half cleared).
-    pub fn lea(&mut self, dst: u8, base: Option<u8>, index: Option<(u8, u8)>, disp: i32, narrow: bool) {
+    pub fn lea(
+        &mut self,
+        dst: u8,
+        base: Option<u8>,
+        index: Option<(u8, u8)>,
+        disp: i32,
+        narrow: bool,
+    ) {
         let x = index.map_or(0, |(index, _)| index);
         self.rex_opt(!narrow, dst, x, base.unwrap_or(0));
         self.code.push(0x8d);
@@ -158,7 +169,9 @@ impl Asm {
     /// ModRM, SIB and displacement. The index is never RSP.
     fn mem_operand(&mut self, reg: u8, base: Option<u8>, index: Option<(u8, u8)>, disp: i32) {
         let reg = (reg & 7) << 3;
-        let scale_index = index.map_or(0x20, |(index, scale)| (scale.trailing_zeros() as u8) << 6 | (index & 7) << 3);
+        let scale_index = index.map_or(0x20, |(index, scale)| {
+            (scale.trailing_zeros() as u8) << 6 | (index & 7) << 3
+        });
         let Some(base) = base else {
             self.bytes(&[reg | 4, scale_index | 5]);
             self.bytes(&disp.to_le_bytes());
@@ -243,7 +256,13 @@ impl Asm {
     /// `sarx`/`shlx`/`shrx dst, src, count` (BMI2), 64 bits; `pp` 1 shlx, 2 sarx, 3 shrx.
     pub fn shift_x(&mut self, pp: u8, dst: u8, src: u8, count: u8) {
         let first = (u8::from(dst < 8) << 7) | 0x40 | (u8::from(src < 8) << 5) | 2;
-        self.bytes(&[0xc4, first, 0x80 | (!count & 15) << 3 | pp, 0xf7, 0xc0 | (dst & 7) << 3 | src & 7]);
+        self.bytes(&[
+            0xc4,
+            first,
+            0x80 | (!count & 15) << 3 | pp,
+            0xf7,
+            0xc0 | (dst & 7) << 3 | src & 7,
+        ]);
     }
 
     /// `jrcxz` over what `body` emits, which must be short.

@@ -75,6 +75,9 @@ pub struct MemSite {
     pub align: u8,
     /// A pending x87 exception comes before any fault of the operand.
     pub x87: bool,
+    /// The interpreter's site for this instruction, which must not touch masked lanes: it runs there unless the
+    /// whole operand lies in one page of RAM.
+    pub masked: Option<u32>,
     /// Instructions of the block that retired before this one.
     pub index: u16,
     /// Where the guest goes on after a store, when it must leave the block.
@@ -184,7 +187,10 @@ unsafe impl Send for CodeMap {}
 impl CodeMap {
     /// Maps an empty cache.
     pub fn new() -> Result<CodeMap, EngineError> {
-        let host = |what| EngineError::Host { what, source: std::io::Error::last_os_error() };
+        let host = |what| EngineError::Host {
+            what,
+            source: std::io::Error::last_os_error(),
+        };
         // SAFETY: a plain system call with a constant name.
         let raw = unsafe { libc::memfd_create(c"strata-code".as_ptr(), libc::MFD_CLOEXEC) };
         if raw < 0 {
@@ -199,9 +205,20 @@ impl CodeMap {
         let map = |protection| {
             // SAFETY: a fresh mapping chosen by the kernel; nothing else is touched.
             let at = unsafe {
-                libc::mmap(std::ptr::null_mut(), CACHE_SIZE, protection, libc::MAP_SHARED, fd.as_raw_fd(), 0)
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    CACHE_SIZE,
+                    protection,
+                    libc::MAP_SHARED,
+                    fd.as_raw_fd(),
+                    0,
+                )
             };
-            if at == libc::MAP_FAILED { Err(host("mapping the code cache")) } else { Ok(at.cast::<u8>()) }
+            if at == libc::MAP_FAILED {
+                Err(host("mapping the code cache"))
+            } else {
+                Ok(at.cast::<u8>())
+            }
         };
         let writable = map(libc::PROT_READ | libc::PROT_WRITE)?;
         let executable = map(libc::PROT_READ | libc::PROT_EXEC)?;
@@ -241,7 +258,10 @@ impl CodeMap {
 
     /// Start and end of the executable mapping.
     pub fn range(&self) -> (u64, u64) {
-        (self.executable as u64, self.executable as u64 + CACHE_SIZE as u64)
+        (
+            self.executable as u64,
+            self.executable as u64 + CACHE_SIZE as u64,
+        )
     }
 
     /// Bytes in use.
@@ -258,10 +278,14 @@ impl CodeMap {
     pub fn append(&mut self, code: &[u8]) -> Result<u32, EngineError> {
         let offset = self.used;
         if offset + code.len() > CACHE_SIZE {
-            return Err(EngineError::Internal("a block does not fit the code cache".into()));
+            return Err(EngineError::Internal(
+                "a block does not fit the code cache".into(),
+            ));
         }
         // SAFETY: the range was just checked to lie in the writable mapping.
-        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(offset), code.len()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(offset), code.len())
+        };
         self.used = (offset + code.len()).next_multiple_of(16);
         Ok(offset as u32)
     }
@@ -348,7 +372,9 @@ impl CodeMap {
     /// The guest instruction that a host address stands for.
     pub fn fault_point(&self, address: u64) -> Option<FaultPoint> {
         let offset = self.offset_of(address)?;
-        let next = self.fault_points.partition_point(|point| point.offset <= offset);
+        let next = self
+            .fault_points
+            .partition_point(|point| point.offset <= offset);
         self.fault_points.get(next.checked_sub(1)?).copied()
     }
 
@@ -367,11 +393,26 @@ impl CodeMap {
         let entry = self.append(code)?;
         let own_links = (self.links.len() as u32, links.len() as u32);
         for link in links {
-            self.links.push(Link { patch: link.patch + entry, cold: link.cold + entry, target: link.target });
+            self.links.push(Link {
+                patch: link.patch + entry,
+                cold: link.cold + entry,
+                target: link.target,
+            });
         }
-        self.fault_points.extend(points.iter().map(|p| FaultPoint { offset: p.offset + entry, ..*p }));
+        self.fault_points.extend(points.iter().map(|p| FaultPoint {
+            offset: p.offset + entry,
+            ..*p
+        }));
         let id = self.blocks.len() as u32;
-        self.blocks.push(Block { key, len, second_page, entry, links: own_links, incoming: Vec::new(), dead: false });
+        self.blocks.push(Block {
+            key,
+            len,
+            second_page,
+            entry,
+            links: own_links,
+            incoming: Vec::new(),
+            dead: false,
+        });
         self.keys.insert(key, id);
         for page in [Some(key.gpa >> 12), second_page].into_iter().flatten() {
             let known = self.pages.entry(page).or_default();
@@ -389,14 +430,19 @@ impl CodeMap {
     /// True if the block that link `id` belongs to was dropped.
     pub fn is_dead_link(&self, id: u32) -> bool {
         let next = self.blocks.partition_point(|block| block.links.0 <= id);
-        let owner = self.blocks.get(..next).and_then(|b| b.iter().rev().find(|b| id < b.links.0 + b.links.1));
+        let owner = self
+            .blocks
+            .get(..next)
+            .and_then(|b| b.iter().rev().find(|b| id < b.links.0 + b.links.1));
         owner.is_none_or(|block| block.dead)
     }
 
     /// Points link `id` at block `target`.
     pub fn connect(&mut self, id: u32, target: u32) {
         let Some(link) = self.link(id) else { return };
-        let Some(block) = self.blocks.get_mut(target as usize) else { return };
+        let Some(block) = self.blocks.get_mut(target as usize) else {
+            return;
+        };
         block.incoming.push(id);
         let entry = block.entry;
         self.patch(link.patch, entry);
@@ -405,19 +451,37 @@ impl CodeMap {
     fn patch(&mut self, at: u32, target: u32) {
         let rel = (i64::from(target) - i64::from(at) - 4) as i32;
         // SAFETY: `at` is the offset of a rel32 inside an appended block.
-        unsafe { self.writable.add(at as usize).cast::<i32>().write_unaligned(rel) };
+        unsafe {
+            self.writable
+                .add(at as usize)
+                .cast::<i32>()
+                .write_unaligned(rel)
+        };
     }
 
     /// Guest memory changed: drops the blocks translated from it.
-    pub fn written(&mut self, gpa: u64, len: u64, cpu: &mut Cpu, memory: &GuestMemory, stats: &mut VcpuStats) {
+    pub fn written(
+        &mut self,
+        gpa: u64,
+        len: u64,
+        cpu: &mut Cpu,
+        memory: &GuestMemory,
+        stats: &mut VcpuStats,
+    ) {
         let last = gpa + len.max(1) - 1;
         for page in gpa >> 12..=last >> 12 {
-            let Some(known) = self.pages.get(&page) else { continue };
+            let Some(known) = self.pages.get(&page) else {
+                continue;
+            };
             let hit: Vec<u32> = known
                 .blocks
                 .iter()
                 .copied()
-                .filter(|&id| self.blocks.get(id as usize).is_some_and(|block| overlaps(block, gpa, last)))
+                .filter(|&id| {
+                    self.blocks
+                        .get(id as usize)
+                        .is_some_and(|block| overlaps(block, gpa, last))
+                })
                 .collect();
             for id in hit {
                 self.invalidate(id, cpu, memory, stats);
@@ -426,7 +490,9 @@ impl CodeMap {
     }
 
     fn invalidate(&mut self, id: u32, cpu: &mut Cpu, memory: &GuestMemory, stats: &mut VcpuStats) {
-        let Some(block) = self.blocks.get_mut(id as usize) else { return };
+        let Some(block) = self.blocks.get_mut(id as usize) else {
+            return;
+        };
         if block.dead {
             return;
         }
@@ -466,7 +532,10 @@ fn overlaps(block: &Block, first: u64, last: u64) -> bool {
     let start = block.key.gpa;
     let head = u64::from(block.len).min(4096 - (start & 0xfff));
     let hits = |from: u64, len: u64| len > 0 && from <= last && first < from + len;
-    hits(start, head) || block.second_page.is_some_and(|page| hits(page << 12, u64::from(block.len) - head))
+    hits(start, head)
+        || block
+            .second_page
+            .is_some_and(|page| hits(page << 12, u64::from(block.len) - head))
 }
 
 impl Drop for CodeMap {

@@ -68,9 +68,11 @@ pub struct JumpCache {
 impl SoftTlb {
     /// Empties one entry.
     pub fn drop_entry(&mut self, index: usize) {
-        if let (Some(read), Some(write), Some(&tag)) =
-            (self.read.get_mut(index), self.write.get_mut(index), EMPTY_TLB.get(index))
-        {
+        if let (Some(read), Some(write), Some(&tag)) = (
+            self.read.get_mut(index),
+            self.write.get_mut(index),
+            EMPTY_TLB.get(index),
+        ) {
             *read = tag;
             *write = tag;
         }
@@ -93,7 +95,11 @@ impl JumpCache {
     /// Empties the cache if an entry may depend on the mapping of `linear`'s page.
     fn clear_page(&mut self, linear: u64) {
         let page = linear >> 12;
-        if self.pages.get((page / 64 % 64) as usize).is_some_and(|word| word & 1 << (page % 64) != 0) {
+        if self
+            .pages
+            .get((page / 64 % 64) as usize)
+            .is_some_and(|word| word & 1 << (page % 64) != 0)
+        {
             self.clear();
         }
     }
@@ -103,6 +109,13 @@ impl JumpCache {
         if let (Some(tag), Some(&empty)) = (self.tag.get_mut(index), EMPTY_JUMP.get(index)) {
             *tag = empty;
         }
+    }
+
+    /// The host address remembered for `rip`.
+    pub fn get(&self, rip: u64) -> Option<u64> {
+        let index = rip as usize % JUMP_ENTRIES;
+        let hit = *self.tag.get(index)? == rip.wrapping_neg();
+        hit.then(|| self.target.get(index).copied()).flatten()
     }
 
     /// Remembers that `rip`, whose code starts at `linear` and may reach into the next page, is at host address
@@ -377,15 +390,44 @@ impl Cpu {
         self.arith = 0;
         self.interrupts_on = 0;
         self.system_flags = 0;
-        let data = Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x93 };
+        let data = Segment {
+            selector: 0,
+            base: 0,
+            limit: 0xffff,
+            attributes: 0x93,
+        };
         for (i, _) in [(); 6].iter().enumerate() {
             self.set_segment(i, data);
         }
-        self.set_segment(1, Segment { selector: 0xf000, base: 0xffff_0000, limit: 0xffff, attributes: 0x9b });
-        self.ldtr = Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x82 };
-        self.tr = Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x8b };
-        self.gdtr = DescriptorTable { base: 0, limit: 0xffff };
-        self.idtr = DescriptorTable { base: 0, limit: 0xffff };
+        self.set_segment(
+            1,
+            Segment {
+                selector: 0xf000,
+                base: 0xffff_0000,
+                limit: 0xffff,
+                attributes: 0x9b,
+            },
+        );
+        self.ldtr = Segment {
+            selector: 0,
+            base: 0,
+            limit: 0xffff,
+            attributes: 0x82,
+        };
+        self.tr = Segment {
+            selector: 0,
+            base: 0,
+            limit: 0xffff,
+            attributes: 0x8b,
+        };
+        self.gdtr = DescriptorTable {
+            base: 0,
+            limit: 0xffff,
+        };
+        self.idtr = DescriptorTable {
+            base: 0,
+            limit: 0xffff,
+        };
         self.cr0 = 0x6000_0010;
         self.cr2 = 0;
         self.cr3 = 0;
@@ -396,8 +438,19 @@ impl Cpu {
         self.dr6 = 0xffff_0ff0;
         self.dr7 = 0x400;
         self.pat = 0x0007_0406_0007_0406;
-        (self.star, self.lstar, self.cstar, self.sfmask, self.kernel_gs_base) = (0, 0, 0, 0, 0);
-        (self.sysenter_cs, self.sysenter_esp, self.sysenter_eip, self.tsc_aux) = (0, 0, 0, 0);
+        (
+            self.star,
+            self.lstar,
+            self.cstar,
+            self.sfmask,
+            self.kernel_gs_base,
+        ) = (0, 0, 0, 0, 0);
+        (
+            self.sysenter_cs,
+            self.sysenter_esp,
+            self.sysenter_eip,
+            self.tsc_aux,
+        ) = (0, 0, 0, 0);
         self.interrupt_shadow = false;
         self.debug = crate::debug::Debug::default();
         self.nmi_blocked = false;
@@ -414,7 +467,10 @@ impl Cpu {
 
     /// RFLAGS, put together.
     pub fn rflags(&self) -> u64 {
-        (self.arith & flags::ARITH) | 2 | (self.interrupts_on << 9) | (self.system_flags & flags::SYSTEM)
+        (self.arith & flags::ARITH)
+            | 2
+            | (self.interrupts_on << 9)
+            | (self.system_flags & flags::SYSTEM)
     }
 
     /// Takes RFLAGS apart. No privilege checks here.
@@ -442,7 +498,11 @@ impl Cpu {
 
     /// TLB and jump cache in use.
     pub fn privilege(&self) -> Privilege {
-        if self.cpl() == 3 { Privilege::User } else { Privilege::Supervisor }
+        if self.cpl() == 3 {
+            Privilege::User
+        } else {
+            Privilege::Supervisor
+        }
     }
 
     /// True in long mode (64-bit or compatibility).
@@ -468,7 +528,9 @@ impl Cpu {
 
     /// Loads a segment register with its hidden part, as values.
     pub fn set_segment(&mut self, index: usize, segment: Segment) {
-        if let (Some(slot), Some(base)) = (self.segments.get_mut(index), self.seg_base.get_mut(index)) {
+        if let (Some(slot), Some(base)) =
+            (self.segments.get_mut(index), self.seg_base.get_mut(index))
+        {
             *slot = segment;
             *base = segment.base;
         }
@@ -499,7 +561,12 @@ impl Cpu {
         self.wait_for_sipi = false;
         self.rip = 0;
         let selector = u16::from(vector) << 8;
-        let code = Segment { selector, base: u64::from(selector) << 4, limit: 0xffff, attributes: 0x9b };
+        let code = Segment {
+            selector,
+            base: u64::from(selector) << 4,
+            limit: 0xffff,
+            attributes: 0x9b,
+        };
         self.set_segment(1, code);
     }
 
@@ -611,18 +678,22 @@ pub mod off {
     }
     /// First tag for stores.
     pub const fn tlb_write(privilege: usize) -> u32 {
-        (offset_of!(Cpu, tlb) + privilege * size_of::<SoftTlb>() + offset_of!(SoftTlb, write)) as u32
+        (offset_of!(Cpu, tlb) + privilege * size_of::<SoftTlb>() + offset_of!(SoftTlb, write))
+            as u32
     }
     /// First delta.
     pub const fn tlb_delta(privilege: usize) -> u32 {
-        (offset_of!(Cpu, tlb) + privilege * size_of::<SoftTlb>() + offset_of!(SoftTlb, delta)) as u32
+        (offset_of!(Cpu, tlb) + privilege * size_of::<SoftTlb>() + offset_of!(SoftTlb, delta))
+            as u32
     }
     /// First tag of jump cache `privilege`.
     pub const fn jump_tag(privilege: usize) -> u32 {
-        (offset_of!(Cpu, jump) + privilege * size_of::<JumpCache>() + offset_of!(JumpCache, tag)) as u32
+        (offset_of!(Cpu, jump) + privilege * size_of::<JumpCache>() + offset_of!(JumpCache, tag))
+            as u32
     }
     /// First target.
     pub const fn jump_target(privilege: usize) -> u32 {
-        (offset_of!(Cpu, jump) + privilege * size_of::<JumpCache>() + offset_of!(JumpCache, target)) as u32
+        (offset_of!(Cpu, jump) + privilege * size_of::<JumpCache>() + offset_of!(JumpCache, target))
+            as u32
     }
 }

@@ -81,11 +81,20 @@ impl Cpu {
         let shadow = std::mem::take(&mut self.debug.shadow);
         let carried = if shadow { self.debug.hits } else { 0 };
         let step = self.system_flags & flags::TF != 0;
-        self.debug = Debug { hits: carried, carried, step, ..Debug::default() };
+        self.debug = Debug {
+            hits: carried,
+            carried,
+            step,
+            ..Debug::default()
+        };
         if !self.watching() || shadow || self.system_flags & flags::RF != 0 {
             return false;
         }
-        let base = if self.code_64() { 0 } else { self.segments[1].base };
+        let base = if self.code_64() {
+            0
+        } else {
+            self.segments[1].base
+        };
         let hits = self.breakpoints(self.rip.wrapping_add(base), 1, Watched::Execute);
         if hits != 0 {
             self.dr6 = self.dr6 & !15 | hits;
@@ -95,7 +104,13 @@ impl Cpu {
 
     /// After an instruction that completed: true if it ends in a trap. DR6 then says why.
     pub fn debug_after(&mut self) -> bool {
-        let Debug { mut hits, carried, mut step, shadow, entered } = self.debug;
+        let Debug {
+            mut hits,
+            carried,
+            mut step,
+            shadow,
+            entered,
+        } = self.debug;
         if entered {
             // What MOV SS held back comes out in the handler of the software interrupt after it.
             (hits, step) = (carried, false);

@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use iced_x86::Instruction;
 use strata_engine::x86::{CpuState, X86};
-use strata_engine::{EngineError, Exit, ExitCause, Input, InputLog, Inputs, IoBus, Kicker, Vcpu, VcpuStats};
+use strata_engine::{
+    EngineError, Exit, ExitCause, Input, InputLog, Inputs, IoBus, Kicker, Vcpu, VcpuStats,
+};
 use strata_memory::Gpa;
 
 use crate::code::{BranchSite, CodeMap, Key, Next as After};
@@ -15,7 +17,7 @@ use crate::env::{Access, Env, Exec, Fault};
 use crate::interpret::Next;
 use crate::kick::VcpuShared;
 use crate::lockstep::{Leader, Tracer};
-use crate::mmu::{PendingStore, canonical};
+use crate::mmu::{OperandAccess, PendingStore, canonical};
 use crate::signals::{self, FaultFrame, ThreadGuard};
 use crate::stubs::{self, Callbacks, Stubs, reason};
 use crate::table::FeatureSet;
@@ -68,15 +70,30 @@ struct Running {
 }
 
 impl Translated {
-    pub(crate) fn new(env: Env, options: Options, shared: Arc<VcpuShared>) -> Result<Translated, EngineError> {
+    pub(crate) fn new(
+        env: Env,
+        options: Options,
+        shared: Arc<VcpuShared>,
+    ) -> Result<Translated, EngineError> {
         let mut cpu = Cpu::new();
         let mut code = CodeMap::new()?;
-        let stubs = stubs::build(&mut code, &Callbacks { slow, commit, stored, block_exit })?;
+        let stubs = stubs::build(
+            &mut code,
+            &Callbacks {
+                slow,
+                commit,
+                stored,
+                block_exit,
+            },
+        )?;
         signals::install()?;
         shared.attach(&mut cpu.request);
         let features = FeatureSet::of(&env.model);
-        let frame =
-            Box::new(FaultFrame { range: code.range(), resume: stubs.host_fault, ..FaultFrame::default() });
+        let frame = Box::new(FaultFrame {
+            range: code.range(),
+            resume: stubs.host_fault,
+            ..FaultFrame::default()
+        });
         Ok(Translated {
             cpu,
             env,
@@ -118,7 +135,12 @@ impl Translated {
     }
 
     fn exec<'a>(&'a mut self, bus: &'a dyn IoBus) -> Exec<'a> {
-        Exec { cpu: &mut self.cpu, env: &mut self.env, bus, code: &mut self.code }
+        Exec {
+            cpu: &mut self.cpu,
+            env: &mut self.env,
+            bus,
+            code: &mut self.code,
+        }
     }
 
     /// Runs in lock-step with the reference configuration from the next run on, up to that many steps.
@@ -164,7 +186,12 @@ impl Translated {
 
     /// One step of a follower: an arrival that is due, or one instruction.
     pub(crate) fn follow_step(&mut self, bus: &dyn IoBus) -> Result<(), EngineError> {
-        while let Some(at) = self.env.inputs.next_arrival().filter(|&at| at <= self.cpu.retired) {
+        while let Some(at) = self
+            .env
+            .inputs
+            .next_arrival()
+            .filter(|&at| at <= self.cpu.retired)
+        {
             let arrival = match &mut self.env.inputs {
                 Inputs::Replay { log, .. } => log.inputs.pop_front(),
                 _ => None,
@@ -173,7 +200,13 @@ impl Translated {
                 Some(Input::DeviceWrite { gpa, bytes, .. }) => {
                     let _ = self.env.memory.write(Gpa(gpa), &bytes);
                     let len = bytes.len() as u64;
-                    self.code.written(gpa, len, &mut self.cpu, &self.env.memory, &mut self.env.stats);
+                    self.code.written(
+                        gpa,
+                        len,
+                        &mut self.cpu,
+                        &self.env.memory,
+                        &mut self.env.stats,
+                    );
                 }
                 Some(Input::Interrupt { vector, .. }) if at == self.cpu.retired => {
                     let nmi = vector == 2;
@@ -189,7 +222,9 @@ impl Translated {
             }
         }
         if self.cpu.halted {
-            return Err(EngineError::Diverged("the reference halted and nothing arrived".into()));
+            return Err(EngineError::Diverged(
+                "the reference halted and nothing arrived".into(),
+            ));
         }
         let exit = self.step(bus)?;
         if let Some(error) = self.env.divergence.take() {
@@ -197,13 +232,17 @@ impl Translated {
         }
         match exit {
             None => Ok(()),
-            Some(exit) => Err(EngineError::Diverged(format!("the reference left with {exit:?}"))),
+            Some(exit) => Err(EngineError::Diverged(format!(
+                "the reference left with {exit:?}"
+            ))),
         }
     }
 
     /// Tells the tracer that the guest goes on at RIP.
     fn trace(&mut self) -> Result<(), EngineError> {
-        let Some(Tracer::Leader(leader)) = self.tracer.as_deref_mut() else { return Ok(()) };
+        let Some(Tracer::Leader(leader)) = self.tracer.as_deref_mut() else {
+            return Ok(());
+        };
         leader.device_writes(self.cpu.retired, &mut self.env.inputs);
         let equal = leader.exit(&self.cpu, self.cpu.rip, &mut self.env.inputs);
         if equal && self.cpu.retired < self.lockstep {
@@ -223,7 +262,8 @@ impl Translated {
         self.options.trace = false;
         self.env.inputs = Inputs::Live;
         self.env.memory.set_recorder(None);
-        self.code.flush(&mut self.cpu, &self.env.memory, &mut self.env.stats);
+        self.code
+            .flush(&mut self.cpu, &self.env.memory, &mut self.env.stats);
         self.generation += 1;
     }
 
@@ -273,7 +313,13 @@ impl Translated {
             }
             if bits & request::CODE_WRITTEN != 0 {
                 for (gpa, len) in self.shared.take_writes() {
-                    self.code.written(gpa, len, &mut self.cpu, &self.env.memory, &mut self.env.stats);
+                    self.code.written(
+                        gpa,
+                        len,
+                        &mut self.cpu,
+                        &self.env.memory,
+                        &mut self.env.stats,
+                    );
                 }
             }
             if bits & request::KICK != 0 {
@@ -311,7 +357,10 @@ impl Translated {
         }
         if waiting.nmi && !self.cpu.nmi_blocked && self.env.apic.take_nmi() {
             self.cpu.halted = false;
-            self.env.inputs.arrived(Input::Interrupt { at: self.cpu.retired, vector: 2 });
+            self.env.inputs.arrived(Input::Interrupt {
+                at: self.cpu.retired,
+                vector: 2,
+            });
             self.count_step();
             return self.deliver(bus, 2, true);
         }
@@ -323,7 +372,10 @@ impl Translated {
             return None;
         }
         let vector = self.env.apic.acknowledge()?;
-        self.env.inputs.arrived(Input::Interrupt { at: self.cpu.retired, vector });
+        self.env.inputs.arrived(Input::Interrupt {
+            at: self.cpu.retired,
+            vector,
+        });
         self.cpu.halted = false;
         self.env.stats.interrupts += 1;
         self.count_step();
@@ -348,7 +400,7 @@ impl Translated {
     }
 
     fn exit(&mut self, cause: ExitCause) {
-        *self.env.stats.exits.entry(cause).or_default() += 1;
+        self.env.count_exit(cause);
     }
 
     /// Raises a guest exception.
@@ -381,14 +433,19 @@ impl Translated {
                 self.cpu.raise_request(request::INTERRUPT);
             }
         }
-        let (block, key, global) = match self.find(mode, bus)? {
-            Ok(found) => found,
-            Err(fault) => return Ok(self.raise(bus, fault)),
+        let entry = match self.recall(mode) {
+            Some(entry) => entry,
+            None => {
+                let (block, key, global) = match self.find(mode, bus)? {
+                    Ok(found) => found,
+                    Err(fault) => return Ok(self.raise(bus, fault)),
+                };
+                self.remember(mode, block, key, global);
+                self.code
+                    .block(block)
+                    .map_or(0, |block| self.code.address(block.entry))
+            }
         };
-        let Some(entry) = self.code.block(block).map(|block| self.code.address(block.entry)) else {
-            return Err(EngineError::Internal("a block that is not known".into()));
-        };
-        self.remember(mode, block, key, global);
         let fault = self.enter(bus, entry);
         let exit = match self.cpu.exit_reason {
             reason::LOOKUP => {
@@ -415,10 +472,18 @@ impl Translated {
             reason::STALE => None,
             reason::FAULT => match fault {
                 Some(fault) => return Ok(self.raise(bus, fault)),
-                None => return Err(EngineError::Internal("a fault without its description".into())),
+                None => {
+                    return Err(EngineError::Internal(
+                        "a fault without its description".into(),
+                    ));
+                }
             },
             reason::HOST_FAULT => return self.host_fault(bus),
-            other => return Err(EngineError::Internal(format!("unknown exit reason {other}"))),
+            other => {
+                return Err(EngineError::Internal(format!(
+                    "unknown exit reason {other}"
+                )));
+            }
         };
         self.code.stale = false;
         if self.cpu.watching() && self.cpu.exit_reason != reason::INTERPRET {
@@ -473,7 +538,8 @@ impl Translated {
         // reaches this value's parts through `running` only while this function waits here.
         unsafe {
             (*cpu).env = (&raw mut running) as u64;
-            let enter: unsafe extern "sysv64" fn(*mut Cpu, u64) = std::mem::transmute(self.stubs.enter);
+            let enter: unsafe extern "sysv64" fn(*mut Cpu, u64) =
+                std::mem::transmute(self.stubs.enter);
             enter(cpu, entry);
             (*cpu).env = 0;
             (&raw const running.fault).read_volatile()
@@ -481,8 +547,16 @@ impl Translated {
     }
 
     /// The block at RIP, translated if need be.
-    fn find(&mut self, mode: Mode, bus: &dyn IoBus) -> Result<Result<(u32, Key, bool), Fault>, EngineError> {
-        let cs_base = if mode.bits() == 64 { 0 } else { self.cpu.segments[1].base };
+    fn find(
+        &mut self,
+        mode: Mode,
+        bus: &dyn IoBus,
+    ) -> Result<Result<(u32, Key, bool), Fault>, EngineError> {
+        let cs_base = if mode.bits() == 64 {
+            0
+        } else {
+            self.cpu.segments[1].base
+        };
         let rip = self.cpu.rip;
         let mut linear = rip.wrapping_add(cs_base);
         if mode.bits() == 64 {
@@ -500,20 +574,30 @@ impl Translated {
             Ok(to) => (to.gpa, to.global),
             Err(fault) => return Ok(Err(fault)),
         };
-        let key = Key { gpa, rip, cs_base, mode: mode.0 };
+        let key = Key {
+            gpa,
+            rip,
+            cs_base,
+            mode: mode.0,
+        };
         if let Some(id) = self.code.find(&key) {
             let second = self.code.block(id).and_then(|block| block.second_page);
-            let Some(expected) = second else { return Ok(Ok((id, key, global))) };
+            let Some(expected) = second else {
+                return Ok(Ok((id, key, global)));
+            };
             let next = (linear & !0xfff).wrapping_add(4096);
             match self.exec(bus).translate(next, Access::Fetch, user) {
                 Ok(to) if to.gpa >> 12 == expected => return Ok(Ok((id, key, global))),
                 Ok(_) => {
-                    self.code.written(gpa, 1, &mut self.cpu, &self.env.memory, &mut self.env.stats);
+                    self.code
+                        .written(gpa, 1, &mut self.cpu, &self.env.memory, &mut self.env.stats);
                 }
                 Err(fault) => return Ok(Err(fault)),
             }
         }
-        Ok(self.translate_block(key, linear, user, bus)?.map(|id| (id, key, global)))
+        Ok(self
+            .translate_block(key, linear, user, bus)?
+            .map(|id| (id, key, global)))
     }
 
     fn translate_block(
@@ -525,7 +609,8 @@ impl Translated {
     ) -> Result<Result<u32, Fault>, EngineError> {
         let started = Instant::now();
         if self.code.full() {
-            self.code.flush(&mut self.cpu, &self.env.memory, &mut self.env.stats);
+            self.code
+                .flush(&mut self.cpu, &self.env.memory, &mut self.env.stats);
             self.generation += 1;
         }
         let mut bytes = [0xffu8; 4096 + 16];
@@ -533,9 +618,19 @@ impl Translated {
         let (head, tail) = bytes.split_at_mut(in_page);
         // Memory that is not there reads as ones, as on a bus that nobody answers.
         let _ = self.env.memory.read(Gpa(key.gpa), head);
-        let fetch = Fetch { bytes: head, in_page };
+        let fetch = Fetch {
+            bytes: head,
+            in_page,
+        };
         let mut second_page = None;
-        let done = match translate(key, fetch, &mut self.code, &self.stubs, &self.features, self.options) {
+        let done = match translate(
+            key,
+            fetch,
+            &mut self.code,
+            &self.stubs,
+            &self.features,
+            self.options,
+        ) {
             Ok(done) => done,
             Err(_) => {
                 let next = (linear & !0xfff).wrapping_add(4096);
@@ -548,10 +643,24 @@ impl Translated {
                 }
                 second_page = Some(gpa >> 12);
                 let all = bytes.get(..in_page + 15).unwrap_or(&[]);
-                let fetch = Fetch { bytes: all, in_page };
-                match translate(key, fetch, &mut self.code, &self.stubs, &self.features, self.options) {
+                let fetch = Fetch {
+                    bytes: all,
+                    in_page,
+                };
+                match translate(
+                    key,
+                    fetch,
+                    &mut self.code,
+                    &self.stubs,
+                    &self.features,
+                    self.options,
+                ) {
                     Ok(done) => done,
-                    Err(_) => return Err(EngineError::Internal("an instruction longer than 15 bytes".into())),
+                    Err(_) => {
+                        return Err(EngineError::Internal(
+                            "an instruction longer than 15 bytes".into(),
+                        ));
+                    }
                 }
             }
         };
@@ -573,15 +682,33 @@ impl Translated {
         Ok(Ok(id))
     }
 
+    /// The code at RIP, if the jump cache knows it: what is in there needs no walk.
+    fn recall(&self, mode: Mode) -> Option<u64> {
+        let privilege = usize::from(mode.user());
+        let cs_base = if mode.bits() == 64 {
+            0
+        } else {
+            self.cpu.segments[1].base
+        };
+        if mode.is_single() || self.cached_mode.get(privilege) != Some(&(mode, cs_base)) {
+            return None;
+        }
+        self.cpu.jump.get(privilege)?.get(self.cpu.rip)
+    }
+
     /// Enters a block in the jump cache of its privilege.
     fn remember(&mut self, mode: Mode, block: u32, key: Key, global: bool) {
-        let Some(block) = self.code.block(block) else { return };
-        if mode.is_single() || self.options.reference {
+        let Some(block) = self.code.block(block) else {
+            return;
+        };
+        if mode.is_single() {
             return;
         }
         let privilege = usize::from(mode.user());
-        let (Some(cached), Some(jump)) = (self.cached_mode.get_mut(privilege), self.cpu.jump.get_mut(privilege))
-        else {
+        let (Some(cached), Some(jump)) = (
+            self.cached_mode.get_mut(privilege),
+            self.cpu.jump.get_mut(privilege),
+        ) else {
             return;
         };
         if *cached != (mode, key.cs_base) {
@@ -589,7 +716,13 @@ impl Translated {
             jump.clear();
         }
         let linear = key.rip.wrapping_add(key.cs_base);
-        jump.set(key.rip, linear, block.second_page.is_some(), global, self.code.address(block.entry));
+        jump.set(
+            key.rip,
+            linear,
+            block.second_page.is_some(),
+            global,
+            self.code.address(block.entry),
+        );
     }
 
     /// A direct jump came here for the first time: points it at its target if both lie in one page.
@@ -606,8 +739,15 @@ impl Translated {
         match self.find(Mode(link.target.mode), bus)? {
             Err(fault) => Ok(self.raise(bus, fault)),
             Ok((id, key, _)) => {
-                let whole = self.code.block(id).is_some_and(|block| block.second_page.is_none());
-                if generation == self.generation && key == link.target && whole && !self.code.is_dead_link(number) {
+                let whole = self
+                    .code
+                    .block(id)
+                    .is_some_and(|block| block.second_page.is_none());
+                if generation == self.generation
+                    && key == link.target
+                    && whole
+                    && !self.code.is_dead_link(number)
+                {
                     self.code.connect(number, id);
                 }
                 Ok(None)
@@ -619,7 +759,9 @@ impl Translated {
     fn interpret(&mut self, bus: &dyn IoBus) -> Result<Option<Exit>, EngineError> {
         self.exit(ExitCause::Interpret);
         let Some(site) = self.code.interpret_site(self.cpu.exit_info as u32) else {
-            return Err(EngineError::Internal("an instruction that is not known".into()));
+            return Err(EngineError::Internal(
+                "an instruction that is not known".into(),
+            ));
         };
         self.cpu.rip = site.instr.ip();
         if self.options.count {
@@ -664,7 +806,11 @@ impl Translated {
         let fault = match self.frame.vector {
             vector @ (0 | 6 | 16 | 19) => Fault::plain(vector),
             13 => Fault::protection(0),
-            17 => Fault { vector: 17, error: Some(0), cr2: 0 },
+            17 => Fault {
+                vector: 17,
+                error: Some(0),
+                cr2: 0,
+            },
             other => {
                 return Err(EngineError::Internal(format!(
                     "host fault {other} (address {:#x}) in the code of guest RIP {:#x}",
@@ -680,7 +826,14 @@ impl Running {
     fn exec(&mut self) -> Exec<'_> {
         // SAFETY: the pointers come from `Translated::enter`, which waits for translated code to leave and touches
         // nothing meanwhile; this is the only way to them until then.
-        unsafe { Exec { cpu: &mut *self.cpu, env: &mut *self.env, bus: &*self.bus, code: &mut *self.code } }
+        unsafe {
+            Exec {
+                cpu: &mut *self.cpu,
+                env: &mut *self.env,
+                bus: &*self.bus,
+                code: &mut *self.code,
+            }
+        }
     }
 
     fn tracer(&mut self) -> Option<&mut Tracer> {
@@ -703,13 +856,17 @@ impl Running {
             return;
         }
         let exec = &mut self.exec();
-        let Some(site) = exec.code.mem_site(site) else { return };
+        let Some(site) = exec.code.mem_site(site) else {
+            return;
+        };
         let mut linear = exec.cpu.temp[7];
         if !exec.cpu.code_64() {
             linear &= 0xffff_ffff;
         }
         let mut data = [0u8; BOUNCE_SIZE];
-        let Some(bytes) = data.get_mut(..usize::from(site.size)) else { return };
+        let Some(bytes) = data.get_mut(..usize::from(site.size)) else {
+            return;
+        };
         // It was just stored there, so it can be read.
         let _ = exec.load(linear, bytes);
         if let Some(tracer) = self.tracer() {
@@ -722,7 +879,9 @@ impl Running {
         self.told = false;
         // SAFETY: as in `device_writes`.
         let (env, cpu) = unsafe { (&mut *self.env, &*self.cpu) };
-        let Some(Tracer::Leader(leader)) = self.tracer() else { return 1 };
+        let Some(Tracer::Leader(leader)) = self.tracer() else {
+            return 1;
+        };
         leader.device_writes(cpu.retired, &mut env.inputs);
         if leader.exit(cpu, rip, &mut env.inputs) {
             return 1;
@@ -748,16 +907,44 @@ impl Running {
         let mut pending = None;
         self.told = false;
         let exec = &mut self.exec();
-        let Some(site) = exec.code.mem_site(site) else { return self.leave(0, 0, 0) };
-        let linear = if exec.cpu.code_64() { linear } else { linear & 0xffff_ffff };
+        let Some(site) = exec.code.mem_site(site) else {
+            return self.leave(0, 0, 0);
+        };
+        let linear = if exec.cpu.code_64() {
+            linear
+        } else {
+            linear & 0xffff_ffff
+        };
         let size = usize::from(site.size);
+        if let Some(interpret) = site.masked {
+            let access = if site.access == OperandAccess::Read {
+                Access::Read
+            } else {
+                Access::Write
+            };
+            if (linear & 0xfff) as usize + size <= 4096
+                && canonical(linear)
+                && let Ok(Some((host, _))) = exec.ram_window(linear, access)
+            {
+                return host as u64;
+            }
+            exec.cpu.exit_info = u64::from(interpret);
+            return self.leave(reason::INTERPRET, site.rip, 0);
+        }
         let checked = exec.check_operand(site.segment.into(), linear, size, site.access);
         let result = if let Err(fault) = checked {
             Err(fault)
         } else if linear & u64::from(site.align).wrapping_sub(1) != 0 {
             Err(Fault::protection(0))
         } else {
-            exec.slow_access(linear, size, site.access, site.stack, reference, &mut pending)
+            exec.slow_access(
+                linear,
+                size,
+                site.access,
+                site.stack,
+                reference,
+                &mut pending,
+            )
         };
         match result {
             Ok(host) => {
@@ -774,10 +961,14 @@ impl Running {
     }
 
     fn commit(&mut self, site: u32) -> u64 {
-        let Some(store) = self.pending.take() else { return 1 };
+        let Some(store) = self.pending.take() else {
+            return 1;
+        };
         let exec = &mut self.exec();
         exec.cpu.temp[2] = 0;
-        let Some(site) = exec.code.mem_site(site) else { return self.leave(0, 0, 0) };
+        let Some(site) = exec.code.mem_site(site) else {
+            return self.leave(0, 0, 0);
+        };
         exec.code.stale = false;
         let offset = (store.linear & 63) as usize;
         let bounce = exec.cpu.bounce.0;
@@ -786,7 +977,10 @@ impl Running {
             return self.leave(reason::FAULT, site.rip, site.index);
         }
         if let Some(tracer) = self.tracer() {
-            tracer.stored(store.linear, bounce.get(offset..offset + store.size).unwrap_or(&[]));
+            tracer.stored(
+                store.linear,
+                bounce.get(offset..offset + store.size).unwrap_or(&[]),
+            );
             self.told = true;
             self.device_writes(site.index + 1);
         }
@@ -806,7 +1000,9 @@ impl Running {
 fn x87_exception_pending() -> bool {
     let status: u16;
     // SAFETY: FNSTSW only reads the status word.
-    unsafe { std::arch::asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags)) };
+    unsafe {
+        std::arch::asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags))
+    };
     status & 0x80 != 0
 }
 
@@ -875,7 +1071,13 @@ impl Vcpu<X86> for Translated {
 
     fn stats(&self) -> VcpuStats {
         let instructions = self.cpu.retired - self.env.stats.other_steps;
-        VcpuStats { instructions, compared_exits: self.compared, ..self.env.stats.clone() }
+        let exits = self.env.exits();
+        VcpuStats {
+            instructions,
+            compared_exits: self.compared,
+            exits,
+            ..self.env.stats.clone()
+        }
     }
 }
 

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use strata_engine::x86::{CpuModel, X86};
 use strata_engine::{
-    Doorbell, DoorbellAddress, Engine, EngineError, Inputs, InterruptSink, MachineClock, Vcpu, VcpuId,
-    VcpuStats,
+    Doorbell, DoorbellAddress, Engine, EngineError, Inputs, InterruptSink, MachineClock, Vcpu,
+    VcpuId, VcpuStats,
 };
 use strata_memory::GuestMemory;
 
@@ -57,11 +57,17 @@ impl Translator {
             (std::arch::is_x86_feature_detected!("avx2"), "AVX2"),
         ] {
             if !present {
-                return Err(EngineError::Unsupported { engine: "translate", reason: format!("its CPU has no {name}") });
+                return Err(EngineError::Unsupported {
+                    engine: "translate",
+                    reason: format!("its CPU has no {name}"),
+                });
             }
         }
-        let timers = Timers::start(Arc::clone(&config.clock))
-            .map_err(|source| EngineError::Host { what: "starting the timer thread", source })?;
+        let timers =
+            Timers::start(Arc::clone(&config.clock)).map_err(|source| EngineError::Host {
+                what: "starting the timer thread",
+                source,
+            })?;
         let watcher = Arc::new(CodeWatcher(Mutex::new(Vec::new())));
         config.memory.set_observer(watcher.clone());
         let bus = ApicBus::new(config.clock.tsc_hz());
@@ -85,13 +91,20 @@ impl Translator {
     }
 
     /// Creates a vCPU whose inputs are recorded or replayed.
-    pub fn create_with_inputs(&self, id: VcpuId, inputs: Inputs) -> Result<Translated, EngineError> {
+    pub fn create_with_inputs(
+        &self,
+        id: VcpuId,
+        inputs: Inputs,
+    ) -> Result<Translated, EngineError> {
         let taken = {
             let mut apics = self.apics.lock().unwrap_or_else(PoisonError::into_inner);
             apics.get_mut(id.0 as usize).and_then(Option::take)
         };
         let Some(apic) = taken else {
-            return Err(EngineError::Internal(format!("vCPU {} was created before or is one too many", id.0)));
+            return Err(EngineError::Internal(format!(
+                "vCPU {} was created before or is one too many",
+                id.0
+            )));
         };
         let shared = Arc::new(VcpuShared::default());
         let weak = Arc::downgrade(&shared);
@@ -101,7 +114,11 @@ impl Translator {
             }
         }));
         self.timers.add(&apic);
-        self.watcher.0.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&shared));
+        self.watcher
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Arc::downgrade(&shared));
         let env = Env {
             slots: self.memory.slots(),
             memory: self.memory.clone(),
@@ -110,6 +127,7 @@ impl Translator {
             apic,
             inputs,
             stats: VcpuStats::default(),
+            exit_counts: Default::default(),
             doorbells: Arc::clone(&self.doorbells),
             divergence: None,
         };
@@ -134,12 +152,22 @@ impl Engine for Translator {
         Arc::clone(&self.bus) as Arc<dyn InterruptSink>
     }
 
-    fn add_doorbell(&self, at: DoorbellAddress, bell: Arc<dyn Doorbell>) -> Result<(), EngineError> {
-        self.doorbells.write().unwrap_or_else(PoisonError::into_inner).insert(at, bell);
+    fn add_doorbell(
+        &self,
+        at: DoorbellAddress,
+        bell: Arc<dyn Doorbell>,
+    ) -> Result<(), EngineError> {
+        self.doorbells
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(at, bell);
         Ok(())
     }
 
     fn remove_doorbell(&self, at: DoorbellAddress) {
-        self.doorbells.write().unwrap_or_else(PoisonError::into_inner).remove(&at);
+        self.doorbells
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&at);
     }
 }

@@ -1,9 +1,13 @@
 //! What a vCPU works with besides its registers: memory, model, clock, APIC, inputs, counters.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use strata_engine::x86::CpuModel;
-use strata_engine::{Doorbell, DoorbellAddress, DoorbellSpace, InputError, Inputs, IoBus, MachineClock, VcpuStats};
+use strata_engine::{
+    Doorbell, DoorbellAddress, DoorbellSpace, ExitCause, InputError, Inputs, IoBus, MachineClock,
+    VcpuStats,
+};
 use strata_memory::{GuestMemory, SlotTable};
 
 use crate::apic::Apic;
@@ -23,7 +27,11 @@ pub struct Fault {
 impl Fault {
     /// An exception without error code.
     pub const fn plain(vector: u8) -> Self {
-        Fault { vector, error: None, cr2: 0 }
+        Fault {
+            vector,
+            error: None,
+            cr2: 0,
+        }
     }
     /// #UD.
     pub const UNDEFINED: Fault = Fault::plain(6);
@@ -31,15 +39,27 @@ impl Fault {
     pub const NO_DEVICE: Fault = Fault::plain(7);
     /// #GP(error).
     pub const fn protection(error: u32) -> Self {
-        Fault { vector: 13, error: Some(error), cr2: 0 }
+        Fault {
+            vector: 13,
+            error: Some(error),
+            cr2: 0,
+        }
     }
     /// #SS(error).
     pub const fn stack(error: u32) -> Self {
-        Fault { vector: 12, error: Some(error), cr2: 0 }
+        Fault {
+            vector: 12,
+            error: Some(error),
+            cr2: 0,
+        }
     }
     /// #PF(error) at `linear`.
     pub const fn page(linear: u64, error: u32) -> Self {
-        Fault { vector: 14, error: Some(error), cr2: linear }
+        Fault {
+            vector: 14,
+            error: Some(error),
+            cr2: linear,
+        }
     }
 }
 
@@ -70,6 +90,8 @@ pub struct Env {
     pub inputs: Inputs,
     /// Counters.
     pub stats: VcpuStats,
+    /// Exits by cause, in the order of [`EXIT_CAUSES`].
+    pub exit_counts: [u64; EXIT_CAUSES.len()],
     /// Addresses bound to events, shared by all vCPUs of the machine.
     pub doorbells: Arc<Doorbells>,
     /// Why a replay cannot go on.
@@ -77,9 +99,36 @@ pub struct Env {
 }
 
 /// Addresses bound to events.
-pub type Doorbells = std::sync::RwLock<std::collections::BTreeMap<DoorbellAddress, Arc<dyn Doorbell>>>;
+pub type Doorbells = std::sync::RwLock<BTreeMap<DoorbellAddress, Arc<dyn Doorbell>>>;
+
+/// All causes, by number.
+const EXIT_CAUSES: [ExitCause; 7] = [
+    ExitCause::Lookup,
+    ExitCause::Interpret,
+    ExitCause::Exception,
+    ExitCause::Request,
+    ExitCause::Mmio,
+    ExitCause::Port,
+    ExitCause::Halt,
+];
 
 impl Env {
+    /// Counts an exit.
+    pub fn count_exit(&mut self, cause: ExitCause) {
+        if let Some(count) = self.exit_counts.get_mut(cause as usize) {
+            *count += 1;
+        }
+    }
+
+    /// Exits so far by cause; causes that never came are left out.
+    pub fn exits(&self) -> BTreeMap<ExitCause, u64> {
+        EXIT_CAUSES
+            .into_iter()
+            .zip(self.exit_counts)
+            .filter(|&(_, count)| count > 0)
+            .collect()
+    }
+
     /// Notes that a replay asked for something that was not recorded; the run loop ends the run.
     pub fn diverged(&mut self, error: InputError) {
         self.divergence.get_or_insert(error);
@@ -87,7 +136,10 @@ impl Env {
 
     /// Calls the doorbell bound to this write, if there is one.
     pub fn ring_doorbell(&self, space: DoorbellSpace, address: u64, data: &[u8]) -> bool {
-        let bells = self.doorbells.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let bells = self
+            .doorbells
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         if bells.is_empty() {
             return false;
         }
@@ -96,9 +148,19 @@ impl Env {
             *to = *from;
         }
         let value = u32::from_le_bytes(bytes);
-        let exact = DoorbellAddress { space, address, value: Some(value) };
-        let any = DoorbellAddress { space, address, value: None };
-        let Some(bell) = bells.get(&exact).or_else(|| bells.get(&any)).cloned() else { return false };
+        let exact = DoorbellAddress {
+            space,
+            address,
+            value: Some(value),
+        };
+        let any = DoorbellAddress {
+            space,
+            address,
+            value: None,
+        };
+        let Some(bell) = bells.get(&exact).or_else(|| bells.get(&any)).cloned() else {
+            return false;
+        };
         drop(bells);
         bell.ring(value);
         true

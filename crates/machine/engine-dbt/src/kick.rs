@@ -66,8 +66,15 @@ impl VcpuShared {
     /// Waits until a request bit is set. For the vCPU's own thread.
     pub fn wait(&self) {
         let mut state = self.lock();
-        while state.word.as_ref().is_some_and(|word| word.get().load(Ordering::SeqCst) == 0) {
-            state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+        while state
+            .word
+            .as_ref()
+            .is_some_and(|word| word.get().load(Ordering::SeqCst) == 0)
+        {
+            state = self
+                .wake
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -120,8 +127,13 @@ impl Timers {
     pub fn start(clock: Arc<MachineClock>) -> std::io::Result<Timers> {
         let state = Arc::new(TimerState::default());
         let shared = Arc::clone(&state);
-        let thread = std::thread::Builder::new().name("timers".into()).spawn(move || shared.run(&clock))?;
-        Ok(Timers { state, thread: Some(thread) })
+        let thread = std::thread::Builder::new()
+            .name("timers".into())
+            .spawn(move || shared.run(&clock))?;
+        Ok(Timers {
+            state,
+            thread: Some(thread),
+        })
     }
 
     /// Serves one more APIC.
@@ -165,7 +177,10 @@ impl TimerState {
                     let waited = self.changed.wait_timeout(inner, Duration::from_nanos(ns));
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
-                None => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
+                None => self
+                    .changed
+                    .wait(inner)
+                    .unwrap_or_else(PoisonError::into_inner),
             };
         }
     }

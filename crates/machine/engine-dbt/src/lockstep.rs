@@ -48,7 +48,9 @@ impl Snapshot {
             steps: cpu.retired,
             rip,
             gpr: cpu.gpr,
-            flags: cpu.arith & flags::ARITH | cpu.system_flags & flags::SYSTEM | cpu.interrupts_on << 9,
+            flags: cpu.arith & flags::ARITH
+                | cpu.system_flags & flags::SYSTEM
+                | cpu.interrupts_on << 9,
             mxcsr: cpu.mxcsr,
             vectors: cpu.ymm.0.iter().fold(0, fold),
             stores,
@@ -74,10 +76,17 @@ struct Recorder {
 
 impl WriteObserver for Recorder {
     fn device_wrote(&self, gpa: Gpa, len: u64) {
-        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let memory = self
+            .memory
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
         if memory.is_some_and(|memory| memory.read(gpa, &mut bytes).is_ok()) {
-            self.writes.lock().unwrap_or_else(PoisonError::into_inner).push((gpa.0, bytes));
+            self.writes
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push((gpa.0, bytes));
         }
     }
 }
@@ -100,7 +109,9 @@ impl Tracer {
             Tracer::Leader(leader) => &mut leader.stores,
             Tracer::Follower { stores } => stores,
         };
-        *stores = bytes.iter().fold(mix(*stores, linear), |hash, &byte| mix(hash, u64::from(byte)));
+        *stores = bytes.iter().fold(mix(*stores, linear), |hash, &byte| {
+            mix(hash, u64::from(byte))
+        });
     }
 }
 
@@ -129,10 +140,15 @@ impl Leader {
             apic,
             inputs: Inputs::Live,
             stats: VcpuStats::default(),
+            exit_counts: Default::default(),
             doorbells: Arc::default(),
             divergence: None,
         };
-        let options = Options { reference: true, count: true, trace: true };
+        let options = Options {
+            reference: true,
+            count: true,
+            trace: true,
+        };
         let mut follower = Translated::new(env, options, Arc::new(VcpuShared::default()))?;
         let state = strata_engine::Vcpu::state(vcpu);
         strata_engine::Vcpu::set_state(&mut follower, &state)?;
@@ -145,9 +161,15 @@ impl Leader {
         let thread = std::thread::Builder::new().name("follower".into());
         let thread = thread
             .spawn(move || follow(follower, &receiver, &counter))
-            .map_err(|source| EngineError::Host { what: "starting the lock-step thread", source })?;
+            .map_err(|source| EngineError::Host {
+                what: "starting the lock-step thread",
+                source,
+            })?;
         let recorder = Arc::new(Recorder::default());
-        *recorder.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(vcpu.env().memory.clone());
+        *recorder
+            .memory
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(vcpu.env().memory.clone());
         vcpu.env().memory.set_recorder(Some(recorder.clone()));
         Ok(Leader {
             stores: 0,
@@ -163,7 +185,13 @@ impl Leader {
 
     /// Notes device writes as inputs that are visible after `at` steps.
     pub fn device_writes(&mut self, at: u64, inputs: &mut Inputs) {
-        for (gpa, bytes) in self.recorder.writes.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for (gpa, bytes) in self
+            .recorder
+            .writes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .drain(..)
+        {
             inputs.arrived(Input::DeviceWrite { at, gpa, bytes });
         }
     }
@@ -176,14 +204,17 @@ impl Leader {
         if cpu.retired != self.last_steps {
             self.last_steps = cpu.retired;
             self.sent += 1;
-            self.batch.push(Event::Exit(Box::new(Snapshot::of(cpu, rip, self.stores))));
+            self.batch
+                .push(Event::Exit(Box::new(Snapshot::of(cpu, rip, self.stores))));
         }
         self.batch.len() < BATCH || self.flush()
     }
 
     fn flush(&mut self) -> bool {
         let batch = std::mem::replace(&mut self.batch, Vec::with_capacity(BATCH));
-        self.sender.as_ref().is_some_and(|sender| sender.send(batch).is_ok())
+        self.sender
+            .as_ref()
+            .is_some_and(|sender| sender.send(batch).is_ok())
     }
 
     /// Waits until the follower has compared everything sent; its verdict.
@@ -196,7 +227,11 @@ impl Leader {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         let done = self.done.load(Ordering::Acquire);
-        if done >= self.sent { Ok(done) } else { Err(self.verdict()) }
+        if done >= self.sent {
+            Ok(done)
+        } else {
+            Err(self.verdict())
+        }
     }
 
     /// Ends the follower and returns what it found.
@@ -222,11 +257,14 @@ impl Drop for Leader {
 }
 
 fn copy_memory(from: &GuestMemory) -> Result<GuestMemory, EngineError> {
-    let failed = |error: strata_memory::MemoryError| EngineError::Internal(format!("copying guest memory: {error}"));
+    let failed = |error: strata_memory::MemoryError| {
+        EngineError::Internal(format!("copying guest memory: {error}"))
+    };
     let to = GuestMemory::new();
     let mut page = [0u8; 4096];
     for slot in from.slots().iter() {
-        to.add_slot(slot.gpa(), slot.size(), slot.kind()).map_err(failed)?;
+        to.add_slot(slot.gpa(), slot.size(), slot.kind())
+            .map_err(failed)?;
         for offset in (0..slot.size()).step_by(4096) {
             let gpa = Gpa(slot.gpa().0 + offset);
             from.read(gpa, &mut page).map_err(failed)?;
@@ -253,7 +291,11 @@ impl IoBus for Silent {
     fn end_of_interrupt(&self, _: u8) {}
 }
 
-fn follow(mut vcpu: Translated, receiver: &Receiver<Vec<Event>>, done: &AtomicU64) -> Result<(), String> {
+fn follow(
+    mut vcpu: Translated,
+    receiver: &Receiver<Vec<Event>>,
+    done: &AtomicU64,
+) -> Result<(), String> {
     let _guard = vcpu.enter_thread().map_err(|error| error.to_string())?;
     let mut last = None;
     while let Ok(batch) = receiver.recv() {
@@ -262,7 +304,8 @@ fn follow(mut vcpu: Translated, receiver: &Receiver<Vec<Event>>, done: &AtomicU6
                 Event::Input(input) => vcpu.push_input(input),
                 Event::Exit(expected) => {
                     while vcpu.cpu().retired < expected.steps {
-                        vcpu.follow_step(&Silent).map_err(|error| format!("{error}; last equal: {last:x?}"))?;
+                        vcpu.follow_step(&Silent)
+                            .map_err(|error| format!("{error}; last equal: {last:x?}"))?;
                     }
                     let found = Snapshot::of(vcpu.cpu(), vcpu.cpu().rip, vcpu.stores());
                     if found != *expected {
@@ -281,7 +324,8 @@ fn follow(mut vcpu: Translated, receiver: &Receiver<Vec<Event>>, done: &AtomicU6
 fn difference(expected: &Snapshot, found: &Snapshot, last: Option<(u64, u64)>) -> String {
     use std::fmt::Write;
     const NAMES: [&str; 16] = [
-        "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+        "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12",
+        "r13", "r14", "r15",
     ];
     let mut text = String::new();
     let _ = match last {

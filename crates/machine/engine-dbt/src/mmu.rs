@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use strata_memory::{Gpa, SlotKind};
 
-use crate::cpu::{BOUNCE_SIZE, Privilege, TLB_ENTRIES, control, flags};
+use crate::cpu::{BOUNCE_SIZE, TLB_ENTRIES, control, flags};
 use crate::env::{Access, Exec, Fault};
 
 /// Where a linear page lives.
@@ -60,20 +60,40 @@ pub fn canonical(linear: u64) -> bool {
 impl Exec<'_> {
     /// Linear address of `offset` in segment `seg`, checked as a `size`-byte access would be: canonical in 64-bit
     /// mode; base and limit elsewhere. Fails with #GP(0), or #SS(0) for SS.
-    pub fn linear(&self, seg: usize, offset: u64, size: usize, access: Access) -> Result<u64, Fault> {
-        let fault = if seg == 2 { Fault::stack(0) } else { Fault::protection(0) };
-        let Some(segment) = self.cpu.segments.get(seg) else { return Err(fault) };
+    pub fn linear(
+        &self,
+        seg: usize,
+        offset: u64,
+        size: usize,
+        access: Access,
+    ) -> Result<u64, Fault> {
+        let fault = if seg == 2 {
+            Fault::stack(0)
+        } else {
+            Fault::protection(0)
+        };
+        let Some(segment) = self.cpu.segments.get(seg) else {
+            return Err(fault);
+        };
         if self.cpu.code_64() {
             let base = if seg >= 4 { segment.base } else { 0 };
             let linear = base.wrapping_add(offset);
             let last = linear.wrapping_add(size.max(1) as u64 - 1);
-            return if canonical(linear) && canonical(last) { Ok(linear) } else { Err(fault) };
+            return if canonical(linear) && canonical(last) {
+                Ok(linear)
+            } else {
+                Err(fault)
+            };
         }
         let linear = segment.base.wrapping_add(offset) & 0xffff_ffff;
         if self.cpu.cr0 & control::CR0_PE == 0 || self.cpu.system_flags & flags::VM != 0 {
             // Real mode: 64 KiB limit unless a larger one was left in the hidden part.
             let last = (offset & 0xffff_ffff) + size.max(1) as u64 - 1;
-            return if last <= u64::from(segment.limit) { Ok(linear) } else { Err(fault) };
+            return if last <= u64::from(segment.limit) {
+                Ok(linear)
+            } else {
+                Err(fault)
+            };
         }
         if segment.null() && seg != 1 && segment.attributes & 0x80 == 0 {
             return Err(fault);
@@ -90,7 +110,11 @@ impl Exec<'_> {
         let last = first + size.max(1) as u64 - 1;
         let expand_down = !code && segment.attributes & 4 != 0;
         let inside = if expand_down {
-            let top = if segment.default_32() { 0xffff_ffff } else { 0xffff };
+            let top = if segment.default_32() {
+                0xffff_ffff
+            } else {
+                0xffff
+            };
             first > u64::from(segment.limit) && last <= top
         } else {
             last <= u64::from(segment.limit)
@@ -115,7 +139,9 @@ impl Exec<'_> {
 
     /// Sets bits in an entry if it still has the value `old`. False if another CPU changed it.
     fn mark64(&mut self, gpa: u64, old: u64, bits: u64) -> bool {
-        let Some(host) = self.ram(gpa, 8) else { return true };
+        let Some(host) = self.ram(gpa, 8) else {
+            return true;
+        };
         self.table_written(gpa, 8);
         // SAFETY: as in `entry64`.
         unsafe { AtomicU64::from_ptr(host.cast()) }
@@ -124,7 +150,9 @@ impl Exec<'_> {
     }
 
     fn mark32(&mut self, gpa: u64, old: u32, bits: u32) -> bool {
-        let Some(host) = self.ram(gpa, 4) else { return true };
+        let Some(host) = self.ram(gpa, 4) else {
+            return true;
+        };
         self.table_written(gpa, 4);
         // SAFETY: as in `entry32`.
         unsafe { AtomicU32::from_ptr(host.cast()) }
@@ -135,7 +163,8 @@ impl Exec<'_> {
     fn table_written(&mut self, gpa: u64, len: u64) {
         self.env.memory.mark_dirty(Gpa(gpa), len);
         if self.env.memory.is_watched(gpa >> 12) {
-            self.code.written(gpa, len, self.cpu, &self.env.memory, &mut self.env.stats);
+            self.code
+                .written(gpa, len, self.cpu, &self.env.memory, &mut self.env.stats);
         }
     }
 
@@ -151,9 +180,18 @@ impl Exec<'_> {
     }
 
     /// Walks the page tables for one byte at `linear`, sets accessed and dirty bits, or says which #PF is due.
-    pub fn translate(&mut self, linear: u64, access: Access, user: bool) -> Result<Translation, Fault> {
+    pub fn translate(
+        &mut self,
+        linear: u64,
+        access: Access,
+        user: bool,
+    ) -> Result<Translation, Fault> {
         if self.cpu.cr0 & control::CR0_PG == 0 {
-            return Ok(Translation { gpa: linear & 0xffff_ffff, store_ready: true, global: true });
+            return Ok(Translation {
+                gpa: linear & 0xffff_ffff,
+                store_ready: true,
+                global: true,
+            });
         }
         if self.cpu.cr4 & control::CR4_PAE == 0 {
             return self.walk_32(linear, access, user);
@@ -183,24 +221,40 @@ impl Exec<'_> {
     }
 
     /// One walk over 8-byte entries. `None`: an entry changed under us, walk again.
-    fn walk_64(&mut self, linear: u64, access: Access, user: bool, top: u32) -> Result<Option<Translation>, Fault> {
+    fn walk_64(
+        &mut self,
+        linear: u64,
+        access: Access,
+        user: bool,
+        top: u32,
+    ) -> Result<Option<Translation>, Fault> {
         let nxe = self.cpu.efer & control::EFER_NXE != 0;
         let address_bits = (1u64 << self.env.model.address_bits()) - 1;
         let reserved = (!address_bits & 0x000f_ffff_ffff_f000) | if nxe { 0 } else { pte::NX };
         let frame_mask = 0x000f_ffff_ffff_f000;
-        let mut table = if top == 4 { self.cpu.cr3 & frame_mask } else { self.cpu.cr3 & 0xffff_ffe0 };
+        let mut table = if top == 4 {
+            self.cpu.cr3 & frame_mask
+        } else {
+            self.cpu.cr3 & 0xffff_ffe0
+        };
         let (mut writable, mut user_ok, mut no_exec) = (true, true, false);
         let mut level = top;
         loop {
-            let index = (linear >> (12 + 9 * (level - 1))) & if level == 3 && top == 3 { 3 } else { 511 };
+            let index =
+                (linear >> (12 + 9 * (level - 1))) & if level == 3 && top == 3 { 3 } else { 511 };
             let at = table + index * 8;
             let entry = self.entry64(at);
             if entry & pte::P == 0 {
                 return Err(self.page_fault(linear, access, user, 0));
             }
             let pdpte = level == 3 && top == 3;
-            let leaf = level == 1 || (entry & pte::PS != 0 && (level == 2 || (level == 3 && top == 4)));
-            let mut bad = if pdpte { !address_bits & 0x000f_ffff_ffff_f000 } else { reserved };
+            let leaf =
+                level == 1 || (entry & pte::PS != 0 && (level == 2 || (level == 3 && top == 4)));
+            let mut bad = if pdpte {
+                !address_bits & 0x000f_ffff_ffff_f000
+            } else {
+                reserved
+            };
             if level == 4 {
                 bad |= pte::PS;
             }
@@ -260,7 +314,11 @@ impl Exec<'_> {
             Access::Read => !user && user_page && smap,
             Access::Write => !store_allowed || (!user && user_page && smap),
         };
-        if denied { Err(fault) } else { Ok(store_allowed) }
+        if denied {
+            Err(fault)
+        } else {
+            Ok(store_allowed)
+        }
     }
 
     fn walk_32(&mut self, linear: u64, access: Access, user: bool) -> Result<Translation, Fault> {
@@ -272,7 +330,12 @@ impl Exec<'_> {
             }
             let large = u64::from(pde) & pte::PS != 0 && self.cpu.cr4 & control::CR4_PSE != 0;
             let (at, entry, writable, user_ok) = if large {
-                (pde_at, pde, u64::from(pde) & pte::W != 0, u64::from(pde) & pte::U != 0)
+                (
+                    pde_at,
+                    pde,
+                    u64::from(pde) & pte::W != 0,
+                    u64::from(pde) & pte::U != 0,
+                )
             } else {
                 if u64::from(pde) & pte::A == 0 && !self.mark32(pde_at, pde, pte::A as u32) {
                     continue;
@@ -294,7 +357,9 @@ impl Exec<'_> {
                 continue;
             }
             let gpa = if large {
-                u64::from(entry & 0xffc0_0000) | (u64::from(entry >> 13) & 0xff) << 32 | (linear & 0x3f_ffff)
+                u64::from(entry & 0xffc0_0000)
+                    | (u64::from(entry >> 13) & 0xff) << 32
+                    | (linear & 0x3f_ffff)
             } else {
                 u64::from(entry & 0xffff_f000) | (linear & 0xfff)
             };
@@ -307,18 +372,21 @@ impl Exec<'_> {
     }
 
     /// Fills the soft TLB for the page of `linear` after a successful walk.
-    fn fill(&mut self, linear: u64, to: Translation, privilege: Privilege) {
+    fn fill(&mut self, linear: u64, to: Translation, user: bool) {
         let page = linear & !0xfff;
-        let Some(host) = self.ram(to.gpa & !0xfff, 4096) else { return };
-        let Some(slot) = self.env.slots.find(Gpa(to.gpa)) else { return };
+        let Some(host) = self.ram(to.gpa & !0xfff, 4096) else {
+            return;
+        };
+        let Some(slot) = self.env.slots.find(Gpa(to.gpa)) else {
+            return;
+        };
         let frame = to.gpa >> 12;
         let logged = self.env.memory.dirty_log_on();
-        let store = to.store_ready && slot.kind() == SlotKind::Ram && !logged && !slot.is_watched(frame);
+        let store =
+            to.store_ready && slot.kind() == SlotKind::Ram && !logged && !slot.is_watched(frame);
         let index = (linear >> 12) as usize % TLB_ENTRIES;
-        let tlb = match privilege {
-            Privilege::Supervisor => &mut self.cpu.tlb[0],
-            Privilege::User => &mut self.cpu.tlb[1],
-        };
+        let [supervisor, unprivileged] = &mut self.cpu.tlb;
+        let tlb = if user { unprivileged } else { supervisor };
         tlb.drop_entry(index);
         if let (Some(read), Some(write), Some(delta), Some(global)) = (
             tlb.read.get_mut(index),
@@ -342,10 +410,17 @@ impl Exec<'_> {
     }
 
     /// The pieces of an operand, at most one per page, all checked for `access` first.
-    fn pieces(&mut self, linear: u64, size: usize, access: Access, user: bool) -> Result<(Piece, Piece), Fault> {
+    fn pieces(
+        &mut self,
+        linear: u64,
+        size: usize,
+        access: Access,
+        user: bool,
+    ) -> Result<(Piece, Piece), Fault> {
         let first_len = size.min(4096 - (linear & 0xfff) as usize);
         let first = self.translate(linear, access, user)?;
         if first_len == size {
+            self.fill(linear, first, user);
             return Ok(((first.gpa, size), (0, 0)));
         }
         let next = if self.cpu.code_64() {
@@ -364,7 +439,7 @@ impl Exec<'_> {
             unsafe { copy_from_guest(host, into) };
             return;
         }
-        *self.env.stats.exits.entry(strata_engine::ExitCause::Mmio).or_default() += 1;
+        self.env.count_exit(strata_engine::ExitCause::Mmio);
         let mut at = gpa;
         for chunk in into.chunks_mut(8) {
             self.mmio_read(at, chunk);
@@ -375,7 +450,12 @@ impl Exec<'_> {
     /// Writes guest-physical memory: RAM (telling the code map), ROM (ignored) or a device.
     fn write_physical(&mut self, gpa: u64, from: &[u8]) {
         if let Some(host) = self.ram(gpa, from.len()) {
-            if self.env.slots.find(Gpa(gpa)).is_some_and(|slot| slot.kind() != SlotKind::Ram) {
+            if self
+                .env
+                .slots
+                .find(Gpa(gpa))
+                .is_some_and(|slot| slot.kind() != SlotKind::Ram)
+            {
                 return;
             }
             // SAFETY: as above.
@@ -383,7 +463,7 @@ impl Exec<'_> {
             self.table_written(gpa, from.len() as u64);
             return;
         }
-        *self.env.stats.exits.entry(strata_engine::ExitCause::Mmio).or_default() += 1;
+        self.env.count_exit(strata_engine::ExitCause::Mmio);
         let mut at = gpa;
         for chunk in from.chunks(8) {
             self.mmio_write(at, chunk);
@@ -440,14 +520,33 @@ impl Exec<'_> {
         if self.env.apic.owns(gpa) {
             let now = self.env.clock.now_ns();
             self.env.apic.mmio_write(gpa, data, now, self.bus);
-        } else if !self.env.inputs.is_replay() && !self.env.ring_doorbell(strata_engine::DoorbellSpace::Mmio, gpa, data) {
+        } else if !self.env.inputs.is_replay()
+            && !self
+                .env
+                .ring_doorbell(strata_engine::DoorbellSpace::Mmio, gpa, data)
+        {
             self.bus.mmio_write(gpa, data);
         }
     }
 
+    /// Host address of `size` bytes whose page the soft TLB holds for this access: plain RAM, without a page walk.
+    fn hit(&self, linear: u64, size: usize, access: Access, user: bool) -> Option<*mut u8> {
+        let tlb = self.cpu.tlb.get(usize::from(user))?;
+        let index = (linear >> 12) as usize % TLB_ENTRIES;
+        let tags = if access == Access::Write {
+            &tlb.write
+        } else {
+            &tlb.read
+        };
+        let in_page = linear.wrapping_add(*tags.get(index)?);
+        (in_page <= 4096u64.checked_sub(size as u64)?)
+            .then(|| linear.wrapping_add(tlb.delta.get(index).copied().unwrap_or(0)) as *mut u8)
+    }
+
     /// Loads from linear memory at the current privilege.
     pub fn load(&mut self, linear: u64, data: &mut [u8]) -> Result<(), Fault> {
-        self.cpu.note_access(linear, data.len(), crate::debug::Watched::Read);
+        self.cpu
+            .note_access(linear, data.len(), crate::debug::Watched::Read);
         let user = self.cpu.cpl() == 3;
         self.load_as(linear, data, user)
     }
@@ -458,6 +557,11 @@ impl Exec<'_> {
     }
 
     fn load_as(&mut self, linear: u64, data: &mut [u8], user: bool) -> Result<(), Fault> {
+        if let Some(host) = self.hit(linear, data.len(), Access::Read, user) {
+            // SAFETY: the TLB says that this page of guest RAM is mapped there.
+            unsafe { copy_from_guest(host, data) };
+            return Ok(());
+        }
         let mut at = linear;
         for chunk in data.chunks_mut(4096) {
             let (first, second) = self.pieces(at, chunk.len(), Access::Read, user)?;
@@ -473,7 +577,8 @@ impl Exec<'_> {
 
     /// Stores to linear memory at the current privilege. All of it or, on a fault, nothing (up to 4 KiB).
     pub fn store(&mut self, linear: u64, data: &[u8]) -> Result<(), Fault> {
-        self.cpu.note_access(linear, data.len(), crate::debug::Watched::Write);
+        self.cpu
+            .note_access(linear, data.len(), crate::debug::Watched::Write);
         let user = self.cpu.cpl() == 3;
         self.store_as(linear, data, user)
     }
@@ -484,6 +589,11 @@ impl Exec<'_> {
     }
 
     fn store_as(&mut self, linear: u64, data: &[u8], user: bool) -> Result<(), Fault> {
+        if let Some(host) = self.hit(linear, data.len(), Access::Write, user) {
+            // SAFETY: as above; a tag for stores promises that the page is writable RAM without watched code.
+            unsafe { copy_to_guest(host, data) };
+            return Ok(());
+        }
         let mut at = linear;
         for chunk in data.chunks(4096) {
             let (first, second) = self.pieces(at, chunk.len(), Access::Write, user)?;
@@ -514,20 +624,35 @@ impl Exec<'_> {
     }
 
     /// Host address of `linear` and the bytes left in its page, if it is RAM that may be accessed directly.
-    pub fn ram_window(&mut self, linear: u64, access: Access) -> Result<Option<(*mut u8, usize)>, Fault> {
+    pub fn ram_window(
+        &mut self,
+        linear: u64,
+        access: Access,
+    ) -> Result<Option<(*mut u8, usize)>, Fault> {
         if self.cpu.watching() {
             return Ok(None);
         }
         let user = self.cpu.cpl() == 3;
-        let to = self.translate(linear, access, user)?;
         let left = 4096 - (linear & 0xfff) as usize;
-        let Some(host) = self.ram(to.gpa, left) else { return Ok(None) };
+        if let Some(host) = self.hit(linear, 1, access, user) {
+            return Ok(Some((host, left)));
+        }
+        let to = self.translate(linear, access, user)?;
+        let Some(host) = self.ram(to.gpa, left) else {
+            return Ok(None);
+        };
         if access == Access::Write {
-            let Some(slot) = self.env.slots.find(Gpa(to.gpa)) else { return Ok(None) };
-            if slot.kind() != SlotKind::Ram || slot.is_watched(to.gpa >> 12) || self.env.memory.dirty_log_on() {
+            let Some(slot) = self.env.slots.find(Gpa(to.gpa)) else {
+                return Ok(None);
+            };
+            if slot.kind() != SlotKind::Ram
+                || slot.is_watched(to.gpa >> 12)
+                || self.env.memory.dirty_log_on()
+            {
                 return Ok(None);
             }
         }
+        self.fill(linear, to, user);
         Ok(Some((host, left)))
     }
 
@@ -540,17 +665,34 @@ impl Exec<'_> {
         size: usize,
         access: OperandAccess,
     ) -> Result<(), Fault> {
-        let kind = if access == OperandAccess::Read { Access::Read } else { Access::Write };
+        let kind = if access == OperandAccess::Read {
+            Access::Read
+        } else {
+            Access::Write
+        };
         if !self.cpu.code_64() {
-            let base = self.cpu.segments.get(segment).map_or(0, |segment| segment.base);
+            let base = self
+                .cpu
+                .segments
+                .get(segment)
+                .map_or(0, |segment| segment.base);
             self.linear(segment, linear.wrapping_sub(base) & 0xffff_ffff, size, kind)?;
         }
         let boundary = if size == 10 { 8 } else { size as u64 };
-        if self.cpu.alignment_checked() && matches!(size, 2 | 4 | 8 | 10) && linear % boundary != 0 {
+        if self.cpu.alignment_checked() && matches!(size, 2 | 4 | 8 | 10) && linear % boundary != 0
+        {
             self.probe(linear, size, kind)?;
-            return Err(Fault { vector: 17, error: Some(0), cr2: 0 });
+            return Err(Fault {
+                vector: 17,
+                error: Some(0),
+                cr2: 0,
+            });
         }
-        let what = if access == OperandAccess::Read { crate::debug::Watched::Read } else { crate::debug::Watched::Write };
+        let what = if access == OperandAccess::Read {
+            crate::debug::Watched::Read
+        } else {
+            crate::debug::Watched::Write
+        };
         self.cpu.note_access(linear, size, what);
         Ok(())
     }
@@ -569,9 +711,17 @@ impl Exec<'_> {
         let user = self.cpu.cpl() == 3;
         let last = linear.wrapping_add(size as u64 - 1);
         if self.cpu.code_64() && !(canonical(linear) && canonical(last)) {
-            return Err(if stack { Fault::stack(0) } else { Fault::protection(0) });
+            return Err(if stack {
+                Fault::stack(0)
+            } else {
+                Fault::protection(0)
+            });
         }
-        let kind = if access == OperandAccess::Read { Access::Read } else { Access::Write };
+        let kind = if access == OperandAccess::Read {
+            Access::Read
+        } else {
+            Access::Write
+        };
         let crosses = (linear & 0xfff) as usize + size > 4096;
         if !crosses && !always_bounce {
             let to = self.translate(linear, kind, user)?;
@@ -584,8 +734,7 @@ impl Exec<'_> {
                             && !self.env.memory.dirty_log_on()
                     });
                 if direct {
-                    let privilege = self.cpu.privilege();
-                    self.fill(linear, to, privilege);
+                    self.fill(linear, to, user);
                     return Ok(host);
                 }
             }
@@ -594,7 +743,9 @@ impl Exec<'_> {
         let offset = (linear & 63) as usize;
         let (first, second) = self.pieces(linear, size, kind, user)?;
         let mut data = [0u8; BOUNCE_SIZE];
-        let Some(operand) = data.get_mut(..size) else { return Err(Fault::UNDEFINED) };
+        let Some(operand) = data.get_mut(..size) else {
+            return Err(Fault::UNDEFINED);
+        };
         let device = self.ram(first.0, first.1).is_none();
         if access != OperandAccess::Write || !device {
             let (head, tail) = operand.split_at_mut(first.1.min(size));
@@ -603,7 +754,9 @@ impl Exec<'_> {
                 self.read_physical(second.0, tail);
             }
         }
-        let Some(bounce) = self.cpu.bounce.0.get_mut(offset..offset + size) else { return Err(Fault::UNDEFINED) };
+        let Some(bounce) = self.cpu.bounce.0.get_mut(offset..offset + size) else {
+            return Err(Fault::UNDEFINED);
+        };
         bounce.copy_from_slice(operand);
         let host = bounce.as_mut_ptr();
         if access != OperandAccess::Read {
@@ -616,9 +769,10 @@ impl Exec<'_> {
     pub fn commit(&mut self, store: PendingStore) -> Result<(), Fault> {
         let offset = (store.linear & 63) as usize;
         let mut data = [0u8; BOUNCE_SIZE];
-        let (Some(to), Some(from)) =
-            (data.get_mut(..store.size), self.cpu.bounce.0.get(offset..offset + store.size))
-        else {
+        let (Some(to), Some(from)) = (
+            data.get_mut(..store.size),
+            self.cpu.bounce.0.get(offset..offset + store.size),
+        ) else {
             return Err(Fault::UNDEFINED);
         };
         to.copy_from_slice(from);
@@ -679,9 +833,15 @@ unsafe fn copy_from_guest(host: *const u8, into: &mut [u8]) {
     // SAFETY: the caller's promise; volatile accesses tolerate concurrent guest stores.
     unsafe {
         match into.len() {
-            4 if host.addr() % 4 == 0 => into.copy_from_slice(&host.cast::<u32>().read_volatile().to_ne_bytes()),
-            8 if host.addr() % 8 == 0 => into.copy_from_slice(&host.cast::<u64>().read_volatile().to_ne_bytes()),
-            2 if host.addr() % 2 == 0 => into.copy_from_slice(&host.cast::<u16>().read_volatile().to_ne_bytes()),
+            4 if host.addr() % 4 == 0 => {
+                into.copy_from_slice(&host.cast::<u32>().read_volatile().to_ne_bytes())
+            }
+            8 if host.addr() % 8 == 0 => {
+                into.copy_from_slice(&host.cast::<u64>().read_volatile().to_ne_bytes())
+            }
+            2 if host.addr() % 2 == 0 => {
+                into.copy_from_slice(&host.cast::<u16>().read_volatile().to_ne_bytes())
+            }
             len => std::ptr::copy_nonoverlapping(host, into.as_mut_ptr(), len),
         }
     }
@@ -695,8 +855,12 @@ unsafe fn copy_to_guest(host: *mut u8, from: &[u8]) {
     // SAFETY: the caller's promise.
     unsafe {
         match (from.len(), from.try_into(), from.try_into()) {
-            (8, Ok(bytes), _) if host.addr() % 8 == 0 => host.cast::<u64>().write_volatile(u64::from_ne_bytes(bytes)),
-            (4, _, Ok(bytes)) if host.addr() % 4 == 0 => host.cast::<u32>().write_volatile(u32::from_ne_bytes(bytes)),
+            (8, Ok(bytes), _) if host.addr() % 8 == 0 => {
+                host.cast::<u64>().write_volatile(u64::from_ne_bytes(bytes))
+            }
+            (4, _, Ok(bytes)) if host.addr() % 4 == 0 => {
+                host.cast::<u32>().write_volatile(u32::from_ne_bytes(bytes))
+            }
             (len, _, _) => std::ptr::copy_nonoverlapping(from.as_ptr(), host, len),
         }
     }

@@ -44,7 +44,16 @@ pub struct Raw {
 const fn has_modrm_map0(op: u8) -> bool {
     match op {
         0x00..=0x3f => op & 7 < 4,
-        0x62 | 0x63 | 0x69 | 0x6b | 0x80..=0x8f | 0xc0 | 0xc1 | 0xc4..=0xc7 | 0xd0..=0xd3 | 0xd8..=0xdf => true,
+        0x62
+        | 0x63
+        | 0x69
+        | 0x6b
+        | 0x80..=0x8f
+        | 0xc0
+        | 0xc1
+        | 0xc4..=0xc7
+        | 0xd0..=0xd3
+        | 0xd8..=0xdf => true,
         0xf6 | 0xf7 | 0xfe | 0xff => true,
         _ => false,
     }
@@ -56,7 +65,12 @@ const fn has_modrm_map1(op: u8) -> bool {
 
 impl Raw {
     /// Takes the bytes of `instr` apart. `None` for encodings that are never rewritten (EVEX, XOP, 3DNow!).
-    pub fn parse(bytes: &[u8], bits: u32, instr: &Instruction, offsets: &ConstantOffsets) -> Option<Raw> {
+    pub fn parse(
+        bytes: &[u8],
+        bits: u32,
+        instr: &Instruction,
+        offsets: &ConstantOffsets,
+    ) -> Option<Raw> {
         let mut raw = Raw {
             p66: false,
             rep: 0,
@@ -83,7 +97,18 @@ impl Raw {
                     raw.has_rex = true;
                     at += 1;
                     match *bytes.get(at)? {
-                        0x66 | 0xf2 | 0xf3 | 0xf0 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64 | 0x65 | 0x67 | 0x40..=0x4f => {
+                        0x66
+                        | 0xf2
+                        | 0xf3
+                        | 0xf0
+                        | 0x2e
+                        | 0x36
+                        | 0x3e
+                        | 0x26
+                        | 0x64
+                        | 0x65
+                        | 0x67
+                        | 0x40..=0x4f => {
                             raw.rex = 0;
                             raw.has_rex = false;
                             continue;
@@ -103,7 +128,14 @@ impl Raw {
                 (second & 0x80 == 0, false, false, 1, second & 0x7f, 2)
             } else {
                 let third = *bytes.get(at + 2)?;
-                (second & 0x80 == 0, second & 0x40 == 0, second & 0x20 == 0, second & 31, third, 3)
+                (
+                    second & 0x80 == 0,
+                    second & 0x40 == 0,
+                    second & 0x20 == 0,
+                    second & 31,
+                    third,
+                    3,
+                )
             };
             raw.rex = u8::from(r) << 2 | u8::from(x) << 1 | u8::from(b);
             raw.vex = Some(Vex {
@@ -146,7 +178,9 @@ impl Raw {
         if offsets.has_immediate() {
             let start = offsets.immediate_offset();
             let len = instr.len() - start;
-            raw.imm.get_mut(..len)?.copy_from_slice(bytes.get(start..start + len)?);
+            raw.imm
+                .get_mut(..len)?
+                .copy_from_slice(bytes.get(start..start + len)?);
             raw.imm_len = len as u8;
         } else if raw.vex.is_some() && raw.map == 3 && instr.op_count() == 4 {
             // Fourth register operand in imm8[7:4].
@@ -322,24 +356,28 @@ mod tests {
         let mut out = Vec::new();
         encode.emit(&mut out);
         let again = Decoder::with_ip(64, &out, 0x1000, DecoderOptions::NONE).decode();
-        assert_eq!(instr.to_string(), again.to_string(), "{bytes:02x?} {out:02x?}");
+        assert_eq!(
+            instr.to_string(),
+            again.to_string(),
+            "{bytes:02x?} {out:02x?}"
+        );
     }
 
     #[test]
     fn registers_forms_survive() {
         for bytes in [
-            &[0x48, 0x01, 0xd8][..],                         // add rax,rbx
-            &[0x44, 0x0f, 0xb6, 0xcf],                       // movzx r9d,dil
-            &[0x66, 0x0f, 0x6f, 0xc1],                       // movdqa xmm0,xmm1
-            &[0xf2, 0x48, 0x0f, 0x2a, 0xc0],                 // cvtsi2sd xmm0,rax
-            &[0xc4, 0xe2, 0xf1, 0xb8, 0xc2],                 // vfmadd231pd xmm0,xmm1,xmm2
-            &[0xc5, 0xfd, 0x6f, 0xc1],                       // vmovdqa ymm0,ymm1
-            &[0xc4, 0xe3, 0x75, 0x4a, 0xc2, 0x30],           // vblendvps ymm0,ymm1,ymm2,ymm3
-            &[0x49, 0x81, 0xc4, 0x10, 0x20, 0x30, 0x40],     // add r12,0x40302010
-            &[0x66, 0x0f, 0x3a, 0x0f, 0xc1, 0x08],           // palignr
-            &[0xc4, 0xe2, 0xfb, 0xf5, 0xc2],                 // pdep rax,rax,rdx
-            &[0x40, 0x88, 0xfe],                             // mov sil,dil
-            &[0x0f, 0xa4, 0xd8, 0x05],                       // shld eax,ebx,5
+            &[0x48, 0x01, 0xd8][..],                     // add rax,rbx
+            &[0x44, 0x0f, 0xb6, 0xcf],                   // movzx r9d,dil
+            &[0x66, 0x0f, 0x6f, 0xc1],                   // movdqa xmm0,xmm1
+            &[0xf2, 0x48, 0x0f, 0x2a, 0xc0],             // cvtsi2sd xmm0,rax
+            &[0xc4, 0xe2, 0xf1, 0xb8, 0xc2],             // vfmadd231pd xmm0,xmm1,xmm2
+            &[0xc5, 0xfd, 0x6f, 0xc1],                   // vmovdqa ymm0,ymm1
+            &[0xc4, 0xe3, 0x75, 0x4a, 0xc2, 0x30],       // vblendvps ymm0,ymm1,ymm2,ymm3
+            &[0x49, 0x81, 0xc4, 0x10, 0x20, 0x30, 0x40], // add r12,0x40302010
+            &[0x66, 0x0f, 0x3a, 0x0f, 0xc1, 0x08],       // palignr
+            &[0xc4, 0xe2, 0xfb, 0xf5, 0xc2],             // pdep rax,rax,rdx
+            &[0x40, 0x88, 0xfe],                         // mov sil,dil
+            &[0x0f, 0xa4, 0xd8, 0x05],                   // shld eax,ebx,5
         ] {
             round_trip(bytes);
         }

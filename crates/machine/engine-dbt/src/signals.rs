@@ -88,7 +88,10 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
 /// Called from a signal handler with its own arguments.
 unsafe fn pass_on(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let previous = match PREVIOUS.get() {
-        Some(Ok(previous)) => SIGNALS.iter().position(|&s| s == signal).and_then(|i| previous.get(i).copied().flatten()),
+        Some(Ok(previous)) => SIGNALS
+            .iter()
+            .position(|&s| s == signal)
+            .and_then(|i| previous.get(i).copied().flatten()),
         _ => None,
     };
     // SAFETY: restoring the default action and calling a previously installed handler are what its owner expects.
@@ -124,7 +127,11 @@ impl ThreadGuard {
         let mut stack = vec![0u8; STACK_SIZE];
         // SAFETY: the stack outlives its registration: `drop` puts the old one back first.
         let old_stack = unsafe {
-            let new = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: STACK_SIZE };
+            let new = libc::stack_t {
+                ss_sp: stack.as_mut_ptr().cast(),
+                ss_flags: 0,
+                ss_size: STACK_SIZE,
+            };
             let mut old: libc::stack_t = std::mem::zeroed();
             if libc::sigaltstack(&new, &mut old) != 0 {
                 return Err(EngineError::Host {
@@ -135,7 +142,11 @@ impl ThreadGuard {
             old
         };
         let old_frame = FRAME.replace(frame);
-        Ok(ThreadGuard { old_stack, old_frame, _stack: stack })
+        Ok(ThreadGuard {
+            old_stack,
+            old_frame,
+            _stack: stack,
+        })
     }
 }
 

@@ -83,10 +83,15 @@ fn word(bytes: &[u8], at: usize) -> u64 {
 /// Takes a state over.
 pub fn restore(exec: &mut Exec<'_>, state: &CpuState) -> Result<(), EngineError> {
     if state.cr0 & control::CR0_PG != 0 && state.cr0 & control::CR0_PE == 0 {
-        return Err(EngineError::InvalidState("paging without protected mode".into()));
+        return Err(EngineError::InvalidState(
+            "paging without protected mode".into(),
+        ));
     }
     exec.restore_msrs(&state.msrs).map_err(|entry| {
-        EngineError::InvalidState(format!("MSR {:#x} cannot be {:#x}", entry.index, entry.value))
+        EngineError::InvalidState(format!(
+            "MSR {:#x} cannot be {:#x}",
+            entry.index, entry.value
+        ))
     })?;
     let (cpu, env) = (&mut *exec.cpu, &*exec.env);
     cpu.gpr = state.gpr;

@@ -119,13 +119,21 @@ fn restore_guest(asm: &mut Asm) {
 /// `vmovdqa [rsp + ymm(n)], ymm(n)` or back.
 fn vmovdqa(asm: &mut Asm, number: u8, store: bool) {
     let r = if number < 8 { 0x80 } else { 0 };
-    asm.bytes(&[0xc5, r | 0x7d, if store { 0x7f } else { 0x6f }, 0x84 | (number & 7) << 3, 0x24]);
+    asm.bytes(&[
+        0xc5,
+        r | 0x7d,
+        if store { 0x7f } else { 0x6f },
+        0x84 | (number & 7) << 3,
+        0x24,
+    ]);
     asm.bytes(&off::ymm(number).to_le_bytes());
 }
 
 fn pop_host_registers(asm: &mut Asm) {
     asm.bytes(&[0x48, 0x83, 0xc4, 0x08]); // add rsp, 8
-    asm.bytes(&[0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3]); // pop r15..r12, rbp, rbx; ret
+    asm.bytes(&[
+        0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3,
+    ]); // pop r15..r12, rbp, rbx; ret
 }
 
 /// Assembles the stubs at the start of the cache.

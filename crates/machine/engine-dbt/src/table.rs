@@ -5,8 +5,8 @@
 //! and Goldberg, and it touches nothing but general, x87/MMX and vector registers, flags and one memory operand.
 
 use iced_x86::{
-    Code, CpuidFeature, Instruction, InstructionInfo, MemorySize, Mnemonic, OpAccess, OpCodeOperandKind, OpKind,
-    Register,
+    Code, CpuidFeature, Instruction, InstructionInfo, MemorySize, Mnemonic, OpAccess,
+    OpCodeOperandKind, OpKind, Register,
 };
 use strata_engine::x86::CpuModel;
 
@@ -19,6 +19,8 @@ pub enum Treatment {
     Nop,
     /// Run as itself with registers renamed and the memory operand, if any, rewritten.
     Plain,
+    /// A masked vector move: plain where the whole operand is in one page of RAM, interpreted elsewhere.
+    Masked,
     /// BT, BTS, BTR, BTC of memory with a register offset: the address depends on the offset.
     BitString,
     /// LEA: an address computation.
@@ -104,14 +106,26 @@ impl FeatureSet {
     /// Reads the model's CPUID leaves.
     pub fn of(model: &CpuModel) -> Self {
         use CpuidFeature as F;
-        let mut set = FeatureSet { present: vec![false; 256] };
+        let mut set = FeatureSet {
+            present: vec![false; 256],
+        };
         let leaf1 = model.leaf(1, 0);
         let leaf7 = model.leaf(7, 0);
         let extended = model.leaf(0x8000_0001, 0);
         let xsave = model.leaf(13, 1);
         for feature in [
-            F::INTEL8086, F::INTEL186, F::INTEL286, F::INTEL386, F::INTEL486, F::X64, F::CPUID, F::MULTIBYTENOP,
-            F::PAUSE, F::FPU287, F::FPU387, F::RDPMC,
+            F::INTEL8086,
+            F::INTEL186,
+            F::INTEL286,
+            F::INTEL386,
+            F::INTEL486,
+            F::X64,
+            F::CPUID,
+            F::MULTIBYTENOP,
+            F::PAUSE,
+            F::FPU287,
+            F::FPU387,
+            F::RDPMC,
         ] {
             set.add(feature, true);
         }
@@ -121,20 +135,67 @@ impl FeatureSet {
         let [_, _, ecx_e, edx_e] = extended;
         let _ = (ebx1, edx7);
         for (word, features) in [
-            (edx1, &[
-                (0, F::FPU), (4, F::TSC), (5, F::MSR), (8, F::CX8), (11, F::SEP), (15, F::CMOV), (19, F::CLFSH),
-                (23, F::MMX), (24, F::FXSR), (25, F::SSE), (26, F::SSE2),
-            ][..]),
-            (ecx1, &[
-                (0, F::SSE3), (1, F::PCLMULQDQ), (3, F::MONITOR), (9, F::SSSE3), (12, F::FMA), (13, F::CMPXCHG16B),
-                (19, F::SSE4_1), (20, F::SSE4_2), (22, F::MOVBE), (23, F::POPCNT), (25, F::AES), (26, F::XSAVE),
-                (28, F::AVX), (29, F::F16C), (30, F::RDRAND),
-            ]),
-            (ebx7, &[
-                (0, F::FSGSBASE), (3, F::BMI1), (5, F::AVX2), (8, F::BMI2), (10, F::INVPCID), (18, F::RDSEED),
-                (19, F::ADX), (20, F::SMAP), (23, F::CLFLUSHOPT), (24, F::CLWB), (29, F::SHA),
-            ]),
-            (ecx7, &[(9, F::VAES), (10, F::VPCLMULQDQ), (22, F::RDPID), (8, F::GFNI)]),
+            (
+                edx1,
+                &[
+                    (0, F::FPU),
+                    (4, F::TSC),
+                    (5, F::MSR),
+                    (8, F::CX8),
+                    (11, F::SEP),
+                    (15, F::CMOV),
+                    (19, F::CLFSH),
+                    (23, F::MMX),
+                    (24, F::FXSR),
+                    (25, F::SSE),
+                    (26, F::SSE2),
+                ][..],
+            ),
+            (
+                ecx1,
+                &[
+                    (0, F::SSE3),
+                    (1, F::PCLMULQDQ),
+                    (3, F::MONITOR),
+                    (9, F::SSSE3),
+                    (12, F::FMA),
+                    (13, F::CMPXCHG16B),
+                    (19, F::SSE4_1),
+                    (20, F::SSE4_2),
+                    (22, F::MOVBE),
+                    (23, F::POPCNT),
+                    (25, F::AES),
+                    (26, F::XSAVE),
+                    (28, F::AVX),
+                    (29, F::F16C),
+                    (30, F::RDRAND),
+                ],
+            ),
+            (
+                ebx7,
+                &[
+                    (0, F::FSGSBASE),
+                    (3, F::BMI1),
+                    (5, F::AVX2),
+                    (8, F::BMI2),
+                    (10, F::INVPCID),
+                    (18, F::RDSEED),
+                    (19, F::ADX),
+                    (20, F::SMAP),
+                    (23, F::CLFLUSHOPT),
+                    (24, F::CLWB),
+                    (29, F::SHA),
+                ],
+            ),
+            (
+                ecx7,
+                &[
+                    (9, F::VAES),
+                    (10, F::VPCLMULQDQ),
+                    (22, F::RDPID),
+                    (8, F::GFNI),
+                ],
+            ),
             (edx_e, &[(11, F::SYSCALL), (27, F::RDTSCP)]),
             (ecx_e, &[(5, F::LZCNT), (8, F::PREFETCHW), (6, F::SSE4A)]),
             (eax_x, &[(0, F::XSAVEOPT), (1, F::XSAVEC)]),
@@ -154,7 +215,9 @@ impl FeatureSet {
 
     /// True if the model has all features of `code`.
     pub fn allows(&self, code: Code) -> bool {
-        code.cpuid_features().iter().all(|&f| self.present.get(f as usize).copied().unwrap_or(false))
+        code.cpuid_features()
+            .iter()
+            .all(|&f| self.present.get(f as usize).copied().unwrap_or(false))
     }
 }
 
@@ -182,8 +245,14 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
     }
     match instr.mnemonic() {
         M::Nop | M::Endbr32 | M::Endbr64 | M::Reservednop => return Treatment::Nop,
-        M::Prefetch | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw
-        | M::Prefetchwt1 | M::Cldemote => return Treatment::Nop,
+        M::Prefetch
+        | M::Prefetchnta
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2
+        | M::Prefetchw
+        | M::Prefetchwt1
+        | M::Cldemote => return Treatment::Nop,
         M::Ud0 | M::Ud1 | M::Ud2 => return Treatment::Undefined,
         _ => {}
     }
@@ -205,7 +274,9 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
         M::Pushfq if context.bits == 64 => return Treatment::PushFlags,
         M::Push | M::Pop => return stack_treatment(instr),
         M::Call | M::Jmp | M::Ret => return near_treatment(instr),
-        M::Loop | M::Loope | M::Loopne | M::Jcxz | M::Jecxz | M::Jrcxz => return Treatment::JumpCount,
+        M::Loop | M::Loope | M::Loopne | M::Jcxz | M::Jecxz | M::Jrcxz => {
+            return Treatment::JumpCount;
+        }
         M::Bt | M::Bts | M::Btr | M::Btc
             if instr.op0_kind() == OpKind::Memory && instr.op1_kind() == OpKind::Register =>
         {
@@ -220,11 +291,23 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
         return Treatment::Interpret;
     }
     let vector = uses_vector(instr);
-    if vector && if is_vex(instr) { context.no_avx } else { context.no_sse && !uses_x87(instr) } {
+    if vector
+        && if is_vex(instr) {
+            context.no_avx
+        } else {
+            context.no_sse && !uses_x87(instr)
+        }
+    {
         return Treatment::Undefined;
     }
     if (vector || uses_x87(instr)) && context.fpu_trap {
         return Treatment::NoDevice;
+    }
+    if matches!(
+        instr.mnemonic(),
+        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq
+    ) {
+        return Treatment::Masked;
     }
     if (0..instr.op_count()).any(|i| instr.op_code().op_kind(i) == OpCodeOperandKind::mem_offs) {
         return Treatment::MovOffset;
@@ -249,7 +332,8 @@ fn near_treatment(instr: &Instruction) -> Treatment {
 }
 
 fn stack_treatment(instr: &Instruction) -> Treatment {
-    let segment = instr.op0_kind() == OpKind::Register && instr.op0_register().is_segment_register();
+    let segment =
+        instr.op0_kind() == OpKind::Register && instr.op0_register().is_segment_register();
     match instr.mnemonic() {
         _ if segment => Treatment::Interpret,
         Mnemonic::Push => Treatment::Push,
@@ -260,7 +344,8 @@ fn stack_treatment(instr: &Instruction) -> Treatment {
 /// LOCK is allowed only with a memory destination of certain instructions (SDM vol. 2, LOCK). iced-x86 already
 /// refuses most others; register destinations are caught here.
 fn lockable(instr: &Instruction) -> bool {
-    instr.op0_kind() == OpKind::Memory || (instr.mnemonic() == Mnemonic::Xchg && instr.op1_kind() == OpKind::Memory)
+    instr.op0_kind() == OpKind::Memory
+        || (instr.mnemonic() == Mnemonic::Xchg && instr.op1_kind() == OpKind::Memory)
 }
 
 /// True for VEX-encoded vector instructions.
@@ -274,9 +359,27 @@ pub fn uses_vector(instr: &Instruction) -> bool {
     let general = |f: &CpuidFeature| {
         matches!(
             f,
-            F::FPU | F::FPU287 | F::FPU387 | F::MMX | F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2
-                | F::SSE4A | F::AVX | F::AVX2 | F::FMA | F::F16C | F::AES | F::PCLMULQDQ | F::SHA | F::VAES
-                | F::VPCLMULQDQ | F::GFNI
+            F::FPU
+                | F::FPU287
+                | F::FPU387
+                | F::MMX
+                | F::SSE
+                | F::SSE2
+                | F::SSE3
+                | F::SSSE3
+                | F::SSE4_1
+                | F::SSE4_2
+                | F::SSE4A
+                | F::AVX
+                | F::AVX2
+                | F::FMA
+                | F::F16C
+                | F::AES
+                | F::PCLMULQDQ
+                | F::SHA
+                | F::VAES
+                | F::VPCLMULQDQ
+                | F::GFNI
         )
     };
     let exempt = matches!(
@@ -289,14 +392,22 @@ pub fn uses_vector(instr: &Instruction) -> bool {
 /// True for x87 and MMX, which need no CR4.OSFXSR.
 fn uses_x87(instr: &Instruction) -> bool {
     use CpuidFeature as F;
-    instr.code().cpuid_features().iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX))
+    instr
+        .code()
+        .cpuid_features()
+        .iter()
+        .any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX))
 }
 
 /// Sensitive or unusual instructions that the interpreter runs, among those whose features are present.
 fn interpreted(instr: &Instruction) -> bool {
     use Mnemonic as M;
     let code = instr.code();
-    if code.is_privileged() || code.is_save_restore_instruction() || instr.is_vsib() || instr.is_string_instruction() {
+    if code.is_privileged()
+        || code.is_save_restore_instruction()
+        || instr.is_vsib()
+        || instr.is_string_instruction()
+    {
         return true;
     }
     let segment_or_system = (0..instr.op_count()).any(|i| {
@@ -313,8 +424,23 @@ fn interpreted(instr: &Instruction) -> bool {
         uses_vector(instr)
             || matches!(
                 f,
-                F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV | F::CX8
-                    | F::CMPXCHG16B | F::BMI1 | F::BMI2 | F::MOVBE | F::POPCNT | F::LZCNT | F::ADX | F::SSE | F::SSE2
+                F::INTEL8086
+                    | F::INTEL186
+                    | F::INTEL286
+                    | F::INTEL386
+                    | F::INTEL486
+                    | F::X64
+                    | F::CMOV
+                    | F::CX8
+                    | F::CMPXCHG16B
+                    | F::BMI1
+                    | F::BMI2
+                    | F::MOVBE
+                    | F::POPCNT
+                    | F::LZCNT
+                    | F::ADX
+                    | F::SSE
+                    | F::SSE2
                     | F::SSE4_2
             )
     });
@@ -323,15 +449,84 @@ fn interpreted(instr: &Instruction) -> bool {
     }
     matches!(
         instr.mnemonic(),
-        M::Int | M::Int1 | M::Int3 | M::Into | M::Iret | M::Iretd | M::Iretq | M::Retf | M::Hlt | M::In | M::Out
-            | M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd | M::Cli | M::Sti | M::Pushf | M::Pushfd
-            | M::Pushfq | M::Popf | M::Popfd | M::Popfq | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lar
-            | M::Lsl | M::Verr | M::Verw | M::Arpl | M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss | M::Bound | M::Enter
-            | M::Pusha | M::Pushad | M::Popa | M::Popad | M::Aaa | M::Aas | M::Aam | M::Aad | M::Daa | M::Das
-            | M::Salc | M::Xlatb | M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu | M::Vmaskmovps | M::Vmaskmovpd
-            | M::Vpmaskmovd | M::Vpmaskmovq | M::Fnstenv | M::Fstenv | M::Fnsave | M::Fsave | M::Fldenv | M::Frstor
-            | M::Syscall | M::Sysenter | M::Sysexit | M::Sysret | M::Std | M::Cld | M::Monitor | M::Mwait | M::Cpuid
-            | M::Rdtsc | M::Rdpmc | M::Clts | M::Wbinvd | M::Invd | M::Umov
+        M::Int
+            | M::Int1
+            | M::Int3
+            | M::Into
+            | M::Iret
+            | M::Iretd
+            | M::Iretq
+            | M::Retf
+            | M::Hlt
+            | M::In
+            | M::Out
+            | M::Insb
+            | M::Insw
+            | M::Insd
+            | M::Outsb
+            | M::Outsw
+            | M::Outsd
+            | M::Cli
+            | M::Sti
+            | M::Pushf
+            | M::Pushfd
+            | M::Pushfq
+            | M::Popf
+            | M::Popfd
+            | M::Popfq
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Lar
+            | M::Lsl
+            | M::Verr
+            | M::Verw
+            | M::Arpl
+            | M::Lds
+            | M::Les
+            | M::Lfs
+            | M::Lgs
+            | M::Lss
+            | M::Bound
+            | M::Enter
+            | M::Pusha
+            | M::Pushad
+            | M::Popa
+            | M::Popad
+            | M::Aaa
+            | M::Aas
+            | M::Aam
+            | M::Aad
+            | M::Daa
+            | M::Das
+            | M::Salc
+            | M::Xlatb
+            | M::Maskmovq
+            | M::Maskmovdqu
+            | M::Vmaskmovdqu
+            | M::Fnstenv
+            | M::Fstenv
+            | M::Fnsave
+            | M::Fsave
+            | M::Fldenv
+            | M::Frstor
+            | M::Syscall
+            | M::Sysenter
+            | M::Sysexit
+            | M::Sysret
+            | M::Std
+            | M::Cld
+            | M::Monitor
+            | M::Mwait
+            | M::Cpuid
+            | M::Rdtsc
+            | M::Rdpmc
+            | M::Clts
+            | M::Wbinvd
+            | M::Invd
+            | M::Umov
     ) || code.is_jmp_far()
 }
 
@@ -341,7 +536,9 @@ pub fn memory_use(instr: &Instruction, info: &InstructionInfo) -> Option<MemoryU
     let access = match info.op_access(index) {
         OpAccess::Read | OpAccess::CondRead => OperandAccess::Read,
         OpAccess::Write => OperandAccess::Write,
-        OpAccess::ReadWrite | OpAccess::ReadCondWrite | OpAccess::CondWrite => OperandAccess::ReadWrite,
+        OpAccess::ReadWrite | OpAccess::ReadCondWrite | OpAccess::CondWrite => {
+            OperandAccess::ReadWrite
+        }
         OpAccess::None | OpAccess::NoMemAccess => return None,
     };
     let size = match instr.memory_size() {
@@ -361,9 +558,23 @@ pub fn alignment(instr: &Instruction) -> u8 {
     let size = instr.memory_size().size() as u8;
     match instr.mnemonic() {
         M::Cmpxchg16b => 16,
-        M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpistri | M::Pcmpistrm | M::Pcmpestri | M::Pcmpestrm
-        | M::Pcmpestri64 | M::Pcmpestrm64 => 1,
-        M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa => size,
+        M::Movups
+        | M::Movupd
+        | M::Movdqu
+        | M::Lddqu
+        | M::Pcmpistri
+        | M::Pcmpistrm
+        | M::Pcmpestri
+        | M::Pcmpestrm
+        | M::Pcmpestri64
+        | M::Pcmpestrm64 => 1,
+        M::Vmovaps
+        | M::Vmovapd
+        | M::Vmovdqa
+        | M::Vmovntps
+        | M::Vmovntpd
+        | M::Vmovntdq
+        | M::Vmovntdqa => size,
         // Vendors differ on the SHA instructions: the host decides when they run.
         _ if instr.code().cpuid_features().contains(&CpuidFeature::SHA) => 1,
         _ if size == 16
@@ -379,7 +590,8 @@ pub fn alignment(instr: &Instruction) -> u8 {
 
 /// True if a pending x87 exception is raised before `instr` does anything.
 pub fn waits_for_x87(instr: &Instruction) -> bool {
-    let mmx = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Register && instr.op_register(i).is_mm());
+    let mmx = (0..instr.op_count())
+        .any(|i| instr.op_kind(i) == OpKind::Register && instr.op_register(i).is_mm());
     mmx || (uses_x87(instr) && !instr.op_code().is_fpu_no_wait())
 }
 
@@ -396,17 +608,31 @@ pub fn register_uses(instr: &Instruction, info: &InstructionInfo, out: &mut Vec<
             continue;
         }
         let slot = match instr.op_code().op_kind(i) {
-            K::r8_reg | K::r16_reg | K::r32_reg | K::r64_reg | K::r16_reg_mem | K::r32_reg_mem | K::r64_reg_mem => {
-                Slot::Reg
-            }
-            K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem | K::r16_rm | K::r32_rm | K::r64_rm
-            | K::r32_or_mem_mpx | K::r64_or_mem_mpx => Slot::Rm,
+            K::r8_reg
+            | K::r16_reg
+            | K::r32_reg
+            | K::r64_reg
+            | K::r16_reg_mem
+            | K::r32_reg_mem
+            | K::r64_reg_mem => Slot::Reg,
+            K::r8_or_mem
+            | K::r16_or_mem
+            | K::r32_or_mem
+            | K::r64_or_mem
+            | K::r16_rm
+            | K::r32_rm
+            | K::r64_rm
+            | K::r32_or_mem_mpx
+            | K::r64_or_mem_mpx => Slot::Rm,
             K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode => Slot::Opcode,
             K::r32_vvvv | K::r64_vvvv => Slot::Vvvv,
             _ => continue,
         };
         let size = register.size();
-        let high = matches!(register, Register::AH | Register::CH | Register::DH | Register::BH);
+        let high = matches!(
+            register,
+            Register::AH | Register::CH | Register::DH | Register::BH
+        );
         let number = if high {
             register as u8 - Register::AH as u8
         } else {
@@ -419,7 +645,14 @@ pub fn register_uses(instr: &Instruction, info: &InstructionInfo, out: &mut Vec<
         );
         // Writes of 8 and 16 bits leave the rest of the register as it was.
         let read = !matches!(access, OpAccess::Write | OpAccess::None) || size < 4;
-        out.push(RegisterUse { slot, number, high, size, read, write });
+        out.push(RegisterUse {
+            slot,
+            number,
+            high,
+            size,
+            read,
+            write,
+        });
     }
 }
 
@@ -431,7 +664,12 @@ pub fn implicit_rcx(instr: &Instruction) -> (bool, bool) {
     }
     match instr.mnemonic() {
         M::Cmpxchg8b | M::Cmpxchg16b => (true, false),
-        M::Pcmpistri | M::Pcmpestri | M::Vpcmpistri | M::Vpcmpestri | M::Pcmpestri64 | M::Vpcmpestri64 => (false, true),
+        M::Pcmpistri
+        | M::Pcmpestri
+        | M::Vpcmpistri
+        | M::Vpcmpestri
+        | M::Pcmpestri64
+        | M::Vpcmpestri64 => (false, true),
         _ => (false, false),
     }
 }

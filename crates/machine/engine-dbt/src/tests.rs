@@ -25,7 +25,10 @@ impl IoBus for TestBus {
         data.fill(gpa as u8);
     }
     fn mmio_write(&self, gpa: u64, data: &[u8]) {
-        self.output.lock().unwrap().push((gpa as u16, data.to_vec()));
+        self.output
+            .lock()
+            .unwrap()
+            .push((gpa as u16, data.to_vec()));
     }
     fn port_in(&self, _port: u16, data: &mut [u8]) {
         data.fill(0xff);
@@ -56,7 +59,12 @@ pub const STACK: u64 = 0x8_0000;
 pub const END: [u8; 2] = [0xe6, 0xf4];
 
 pub fn flat(selector: u16, attributes: u16) -> Segment {
-    Segment { selector, base: 0, limit: u32::MAX, attributes }
+    Segment {
+        selector,
+        base: 0,
+        limit: u32::MAX,
+        attributes,
+    }
 }
 
 /// Puts a vCPU in 64-bit mode at CPL 0 with everything enabled that the model has.
@@ -82,7 +90,9 @@ impl TestMachine {
         memory.write_u64(Gpa(0x1000), 0x2007).unwrap();
         memory.write_u64(Gpa(0x2000), 0x3007).unwrap();
         for i in 0..512u64 {
-            memory.write_u64(Gpa(0x3000 + i * 8), (i << 21) | 0x87).unwrap();
+            memory
+                .write_u64(Gpa(0x3000 + i * 8), (i << 21) | 0x87)
+                .unwrap();
         }
         let engine = Translator::new(TranslatorConfig {
             memory: memory.clone(),
@@ -98,13 +108,20 @@ impl TestMachine {
         let bus = TestBus::default();
         *bus.kicker.lock().unwrap() = Some(vcpu.kicker());
         long_mode(vcpu.cpu_mut());
-        TestMachine { memory, vcpu, bus, _engine: engine }
+        TestMachine {
+            memory,
+            vcpu,
+            bus,
+            _engine: engine,
+        }
     }
 
     /// Loads a program, adds the end, runs it.
     pub fn run(&mut self, program: &[u8]) -> Exit {
         self.memory.write(Gpa(CODE), program).unwrap();
-        self.memory.write(Gpa(CODE + program.len() as u64), &END).unwrap();
+        self.memory
+            .write(Gpa(CODE + program.len() as u64), &END)
+            .unwrap();
         self.vcpu.run(&self.bus).unwrap()
     }
 
@@ -113,7 +130,9 @@ impl TestMachine {
     }
 }
 
-fn assemble(build: impl FnOnce(&mut iced_x86::code_asm::CodeAssembler) -> Result<(), iced_x86::IcedError>) -> Vec<u8> {
+fn assemble(
+    build: impl FnOnce(&mut iced_x86::code_asm::CodeAssembler) -> Result<(), iced_x86::IcedError>,
+) -> Vec<u8> {
     let mut asm = iced_x86::code_asm::CodeAssembler::new(64).unwrap();
     build(&mut asm).unwrap();
     asm.assemble(CODE).unwrap()
@@ -158,7 +177,10 @@ fn registers_and_memory() {
         assert_eq!(m.gpr(1), 0x0588);
         assert_eq!(m.gpr(3), 0x0102_0304 << 8);
         assert_eq!(m.gpr(4), STACK);
-        assert_eq!(m.memory.read_u64(Gpa(0x4_2000 + 0x588 / 64 * 8)).unwrap(), 1 << (0x588 % 64));
+        assert_eq!(
+            m.memory.read_u64(Gpa(0x4_2000 + 0x588 / 64 * 8)).unwrap(),
+            1 << (0x588 % 64)
+        );
     });
 }
 
@@ -228,5 +250,29 @@ fn vectors_stay_in_the_host() {
     both(&program, |m| {
         assert_eq!(m.gpr(8), 6);
         assert_eq!(m.gpr(9), 12);
+    });
+}
+
+#[test]
+fn masked_moves_touch_only_their_lanes() {
+    let program = assemble(|a| {
+        a.mov(eax, -1)?;
+        a.vmovd(xmm1, eax)?; // lane 0 only
+        a.mov(eax, 0x1234)?;
+        a.vmovd(xmm2, eax)?;
+        a.vpbroadcastd(ymm2, xmm2)?;
+        for address in [0x4_0000u64, 0x4_0ff8] {
+            a.vpmaskmovd(ymmword_ptr(address), ymm1, ymm2)?;
+            a.vpmaskmovd(ymmword_ptr(address), ymm1, ymm2)?;
+            a.vpmaskmovd(ymm3, ymm1, ymmword_ptr(address))?;
+        }
+        a.vmovd(ebx, xmm3)?;
+        Ok(())
+    });
+    both(&program, |m| {
+        for address in [0x4_0000, 0x4_0ff8] {
+            assert_eq!(m.memory.read_u64(Gpa(address)).unwrap(), 0x1234);
+        }
+        assert_eq!(m.gpr(3), 0x1234);
     });
 }

@@ -76,6 +76,9 @@ impl MachineClock {
 
     /// Converts nanoseconds to ticks, rounding down; wraps as the counter does.
     pub fn ns_to_tsc(&self, ns: u64) -> u64 {
+        if self.tsc_hz == 1_000_000_000 {
+            return ns;
+        }
         (u128::from(ns) * u128::from(self.tsc_hz) / 1_000_000_000) as u64
     }
 

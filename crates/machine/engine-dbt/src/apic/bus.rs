@@ -75,19 +75,28 @@ pub struct ApicBus {
 impl ApicBus {
     /// A bus without APICs, in a machine whose TSC ticks `tsc_hz` times a second.
     pub fn new(tsc_hz: u64) -> Arc<ApicBus> {
-        Arc::new(ApicBus { apics: RwLock::new(Vec::new()), tsc_hz })
+        Arc::new(ApicBus {
+            apics: RwLock::new(Vec::new()),
+            tsc_hz,
+        })
     }
 
     /// Adds an APIC with this ID, in its state after power-up. Each ID once.
     pub fn add(self: &Arc<Self>, id: u32) -> Arc<Apic> {
         let apic = Arc::new(Apic::new(id, self.tsc_hz, Arc::downgrade(self)));
-        self.apics.write().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&apic));
+        self.apics
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Arc::clone(&apic));
         apic
     }
 
     /// How many APICs there are.
     pub fn count(&self) -> u32 {
-        self.apics.read().unwrap_or_else(PoisonError::into_inner).len() as u32
+        self.apics
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len() as u32
     }
 
     /// Delivers a message that does not come from an APIC.
@@ -123,12 +132,18 @@ impl InterruptSink for ApicBus {
         let id = (message.address >> 12 & 0xff) as u32;
         let logical = message.address & 4 != 0;
         let hint = message.address & 8 != 0;
-        let Some(mut mode) = DeliveryMode::from_bits(message.data >> 8) else { return };
+        let Some(mut mode) = DeliveryMode::from_bits(message.data >> 8) else {
+            return;
+        };
         if hint && logical && mode == DeliveryMode::Fixed {
             mode = DeliveryMode::LowestPriority;
         }
         self.send(&Message {
-            destination: if logical { Destination::Logical(id) } else { Destination::Physical(id) },
+            destination: if logical {
+                Destination::Logical(id)
+            } else {
+                Destination::Physical(id)
+            },
             mode,
             vector: message.data as u8,
             level: message.data & 0x8000 != 0,

@@ -170,7 +170,11 @@ impl Registers {
     pub fn processor_priority(&self) -> u8 {
         let task = self.task_priority();
         let service = self.highest(reg::ISR).unwrap_or(0);
-        if task >> 4 >= service >> 4 { task } else { service & 0xf0 }
+        if task >> 4 >= service >> 4 {
+            task
+        } else {
+            service & 0xf0
+        }
     }
 
     /// The vector that may interrupt the processor now.
@@ -178,7 +182,8 @@ impl Registers {
         if !self.is_software_enabled() {
             return None;
         }
-        self.highest(reg::IRR).filter(|vector| vector >> 4 > self.processor_priority() >> 4)
+        self.highest(reg::IRR)
+            .filter(|vector| vector >> 4 > self.processor_priority() >> 4)
     }
 
     /// The vector of the 8259-like controller, if LINT0 lets it through. A disabled APIC is a wire.
@@ -213,9 +218,15 @@ impl Registers {
     }
 
     pub fn end_of_interrupt(&mut self) -> Effect {
-        let Some(vector) = self.highest(reg::ISR) else { return Effect::None };
+        let Some(vector) = self.highest(reg::ISR) else {
+            return Effect::None;
+        };
         self.set_vector(reg::ISR, vector, false);
-        if self.is_level(vector) { Effect::Broadcast(vector) } else { Effect::None }
+        if self.is_level(vector) {
+            Effect::Broadcast(vector)
+        } else {
+            Effect::None
+        }
     }
 
     // What arrives.
@@ -286,7 +297,9 @@ impl Registers {
             return false;
         }
         match destination {
-            Destination::Physical(id) => id == self.id || id == u32::MAX || (id == 0xff && !self.is_x2apic()),
+            Destination::Physical(id) => {
+                id == self.id || id == u32::MAX || (id == 0xff && !self.is_x2apic())
+            }
             Destination::Logical(id) if self.is_x2apic() => {
                 let mine = self.logical_x2apic();
                 id == u32::MAX || (id >> 16 == mine >> 16 && id & mine & 0xffff != 0)
@@ -338,7 +351,9 @@ impl Registers {
         let mode = |base: u64| (base & BASE_ENABLE != 0, base & BASE_X2APIC != 0);
         match (mode(self.base), mode(value)) {
             // x2APIC without the APIC is no mode; from x2APIC only off, and into x2APIC only from xAPIC.
-            (_, (false, true)) | ((_, true), (true, false)) | ((false, _), (true, true)) => return Err(Invalid),
+            (_, (false, true)) | ((_, true), (true, false)) | ((false, _), (true, true)) => {
+                return Err(Invalid);
+            }
             ((true, _), (false, _)) => self.reset_registers(),
             _ => {}
         }
@@ -357,7 +372,9 @@ impl Registers {
             reg::LDR if self.is_x2apic() => self.logical_x2apic(),
             reg::TIMER_CURRENT => self.timer_count(now_ns),
             reg::EOI | reg::SELF_IPI => 0,
-            reg::TPR | reg::APR | reg::RRD..=reg::SVR | reg::TIMER_INITIAL | reg::TIMER_DIVIDE => self.get(index),
+            reg::TPR | reg::APR | reg::RRD..=reg::SVR | reg::TIMER_INITIAL | reg::TIMER_DIVIDE => {
+                self.get(index)
+            }
             reg::ISR..=reg::ESR | reg::ICR_LOW..=reg::LVT_ERROR => self.get(index),
             _ => {
                 self.raise_error(error::ILLEGAL_REGISTER);
@@ -370,8 +387,12 @@ impl Registers {
         match index {
             _ if !self.is_x2apic() => Err(Invalid),
             // Write-only, or only on the page.
-            reg::EOI | reg::SELF_IPI | reg::DFR | reg::APR | reg::RRD | reg::ICR_HIGH => Err(Invalid),
-            reg::ICR_LOW => Ok(u64::from(self.get(reg::ICR_HIGH)) << 32 | u64::from(self.get(reg::ICR_LOW))),
+            reg::EOI | reg::SELF_IPI | reg::DFR | reg::APR | reg::RRD | reg::ICR_HIGH => {
+                Err(Invalid)
+            }
+            reg::ICR_LOW => {
+                Ok(u64::from(self.get(reg::ICR_HIGH)) << 32 | u64::from(self.get(reg::ICR_LOW)))
+            }
             _ => self.read(index, now_ns).map(u64::from),
         }
     }
@@ -391,9 +412,19 @@ impl Registers {
                 self.set(index, value & 0x000c_cfff);
                 return Ok(self.command());
             }
-            reg::ICR_HIGH => self.set(index, value & if self.is_x2apic() { u32::MAX } else { 0xff00_0000 }),
+            reg::ICR_HIGH => self.set(
+                index,
+                value
+                    & if self.is_x2apic() {
+                        u32::MAX
+                    } else {
+                        0xff00_0000
+                    },
+            ),
             reg::LVT_TIMER => self.write_timer_entry(value),
-            reg::LVT_THERMAL..=reg::LVT_ERROR => self.set(index, self.lvt_value(value & lvt_mask(index))),
+            reg::LVT_THERMAL..=reg::LVT_ERROR => {
+                self.set(index, self.lvt_value(value & lvt_mask(index)))
+            }
             reg::TIMER_INITIAL => self.write_timer_count(value, now_ns),
             reg::TIMER_DIVIDE => self.write_timer_divide(value & 0xb, now_ns),
             reg::ID | reg::VERSION | reg::APR | reg::PPR | reg::RRD | reg::TIMER_CURRENT => {}
@@ -426,7 +457,12 @@ impl Registers {
             reg::SELF_IPI => {
                 let mode = DeliveryMode::Fixed;
                 let destination = Destination::Myself;
-                return Ok(Effect::Send(Message { destination, mode, vector: value as u8, level: false }));
+                return Ok(Effect::Send(Message {
+                    destination,
+                    mode,
+                    vector: value as u8,
+                    level: false,
+                }));
             }
             _ => {}
         }
@@ -444,7 +480,11 @@ impl Registers {
 
     /// While the APIC is switched off by software, LVT entries stay masked.
     fn lvt_value(&self, value: u32) -> u32 {
-        if self.get(reg::SVR) & SOFTWARE_ENABLE == 0 { value | MASKED } else { value }
+        if self.get(reg::SVR) & SOFTWARE_ENABLE == 0 {
+            value | MASKED
+        } else {
+            value
+        }
     }
 
     /// Turns the ICR into a message (SDM vol. 3, 11.6.1).
@@ -452,7 +492,9 @@ impl Registers {
         let low = self.get(reg::ICR_LOW);
         let high = self.get(reg::ICR_HIGH);
         let vector = low as u8;
-        let Some(mode) = DeliveryMode::from_bits(low >> 8) else { return Effect::None };
+        let Some(mode) = DeliveryMode::from_bits(low >> 8) else {
+            return Effect::None;
+        };
         let assert = low & 1 << 14 != 0;
         let level = low & LEVEL != 0;
         // INIT level de-assert only concerned processors before the Pentium 4.
@@ -471,7 +513,12 @@ impl Registers {
             _ if low & 1 << 11 != 0 => Destination::Logical(id),
             _ => Destination::Physical(id),
         };
-        Effect::Send(Message { destination, mode, vector, level: false })
+        Effect::Send(Message {
+            destination,
+            mode,
+            vector,
+            level: false,
+        })
     }
 
     // The timer.
@@ -494,7 +541,10 @@ impl Registers {
 
     fn write_timer_entry(&mut self, value: u32) {
         let before = self.timer_mode();
-        self.set(reg::LVT_TIMER, self.lvt_value(value & lvt_mask(reg::LVT_TIMER)));
+        self.set(
+            reg::LVT_TIMER,
+            self.lvt_value(value & lvt_mask(reg::LVT_TIMER)),
+        );
         let deadline = |mode| mode == TimerMode::TscDeadline;
         if deadline(before) != deadline(self.timer_mode()) {
             self.tsc_deadline = 0;
@@ -508,7 +558,8 @@ impl Registers {
             return;
         }
         self.set(reg::TIMER_INITIAL, value);
-        self.deadline_ns = (value != 0).then(|| now_ns.saturating_add(u64::from(value) * self.tick_ns()));
+        self.deadline_ns =
+            (value != 0).then(|| now_ns.saturating_add(u64::from(value) * self.tick_ns()));
     }
 
     fn write_timer_divide(&mut self, value: u32, now_ns: u64) {
@@ -523,7 +574,9 @@ impl Registers {
         if self.timer_mode() == TimerMode::TscDeadline {
             return 0;
         }
-        let left = self.deadline_ns.map_or(0, |at| at.saturating_sub(now_ns).div_ceil(self.tick_ns()));
+        let left = self
+            .deadline_ns
+            .map_or(0, |at| at.saturating_sub(now_ns).div_ceil(self.tick_ns()));
         u32::try_from(left).unwrap_or(u32::MAX)
     }
 
@@ -532,7 +585,9 @@ impl Registers {
     }
 
     pub fn poll(&mut self, now_ns: u64) {
-        let Some(due) = self.deadline_ns.filter(|&at| at <= now_ns) else { return };
+        let Some(due) = self.deadline_ns.filter(|&at| at <= now_ns) else {
+            return;
+        };
         self.deadline_ns = match self.timer_mode() {
             TimerMode::Periodic => {
                 // Periods that were slept through are one interrupt, as the IRR has one bit.
@@ -560,10 +615,13 @@ impl Registers {
     fn arm_tsc_deadline(&mut self, now_ns: u64) {
         self.deadline_ns = (self.tsc_deadline != 0).then(|| {
             let hz = u128::from(self.tsc_hz);
-            let now = ((u128::from(now_ns) * hz / 1_000_000_000) as u64).wrapping_add(self.tsc_offset);
+            let now =
+                ((u128::from(now_ns) * hz / 1_000_000_000) as u64).wrapping_add(self.tsc_offset);
             let left = u128::from(self.tsc_deadline.saturating_sub(now));
             let left_ns = (left * 1_000_000_000).div_ceil(hz);
-            now_ns.saturating_add(u64::try_from(left_ns).unwrap_or(u64::MAX)).min(u64::MAX - 1)
+            now_ns
+                .saturating_add(u64::try_from(left_ns).unwrap_or(u64::MAX))
+                .min(u64::MAX - 1)
         });
     }
 
@@ -578,13 +636,24 @@ impl Registers {
 
     pub fn save(&mut self, now_ns: u64) -> ApicState {
         let mut registers = self.values.to_vec();
-        for index in [reg::ID, reg::VERSION, reg::PPR, reg::LDR, reg::TIMER_CURRENT] {
+        for index in [
+            reg::ID,
+            reg::VERSION,
+            reg::PPR,
+            reg::LDR,
+            reg::TIMER_CURRENT,
+        ] {
             if let (Ok(value), Some(slot)) = (self.read(index, now_ns), registers.get_mut(index)) {
                 *slot = value;
             }
         }
         let timer_deadline_ns = self.deadline_ns.filter(|_| self.tsc_deadline == 0);
-        ApicState { base: self.base, registers, tsc_deadline: self.tsc_deadline, timer_deadline_ns }
+        ApicState {
+            base: self.base,
+            registers,
+            tsc_deadline: self.tsc_deadline,
+            timer_deadline_ns,
+        }
     }
 
     pub fn restore(&mut self, state: &ApicState, tsc_offset: u64, now_ns: u64) {

@@ -33,7 +33,12 @@ fn machine(count: u32) -> (Arc<ApicBus>, Vec<Arc<Apic>>) {
 }
 
 fn write(apic: &Apic, offset: u64, value: u32, now: u64) {
-    apic.mmio_write(0xfee0_0000 + offset, &value.to_le_bytes(), now, &Ends::default());
+    apic.mmio_write(
+        0xfee0_0000 + offset,
+        &value.to_le_bytes(),
+        now,
+        &Ends::default(),
+    );
 }
 
 fn read(apic: &Apic, offset: u64, now: u64) -> u32 {
@@ -68,7 +73,10 @@ fn messages_from_devices_reach_whom_they_name() {
         apic.end_of_interrupt(&Ends::default());
     }
     bus.msi(msi(0xfee0_5004, 0x51));
-    assert_eq!(apics.iter().map(|a| a.acknowledge()).collect::<Vec<_>>(), [Some(0x51), None, Some(0x51)]);
+    assert_eq!(
+        apics.iter().map(|a| a.acknowledge()).collect::<Vec<_>>(),
+        [Some(0x51), None, Some(0x51)]
+    );
     // Lowest priority: 0 and 2 are busy with 0x51, so 1 it is.
     bus.msi(msi(0xfee0_700c, 0x161));
     assert_eq!(apics[1].acknowledge(), Some(0x61));
@@ -113,7 +121,10 @@ fn the_end_of_a_level_interrupt_is_broadcast() {
     let ends = Ends::default();
     bus.msi(msi(0xfee0_0000, 0xc030));
     bus.msi(msi(0xfee0_0000, 0x40));
-    assert_eq!((apics[0].acknowledge(), apics[0].acknowledge()), (Some(0x40), None));
+    assert_eq!(
+        (apics[0].acknowledge(), apics[0].acknowledge()),
+        (Some(0x40), None)
+    );
     apics[0].end_of_interrupt(&ends);
     assert_eq!(apics[0].acknowledge(), Some(0x30));
     apics[0].end_of_interrupt(&ends);
@@ -132,7 +143,10 @@ fn one_shot_and_periodic_timers_count_divided_nanoseconds() {
     apic.poll(1499);
     assert!(!apic.pending());
     apic.poll(1500);
-    assert_eq!((apic.acknowledge(), apic.next_deadline_ns()), (Some(0x20), None));
+    assert_eq!(
+        (apic.acknowledge(), apic.next_deadline_ns()),
+        (Some(0x20), None)
+    );
     assert_eq!(read(apic, 0x390, 1600), 0);
     apic.end_of_interrupt(&Ends::default());
     // Divided by 16, periodic; two and a half periods late.
@@ -141,7 +155,10 @@ fn one_shot_and_periodic_timers_count_divided_nanoseconds() {
     write(apic, 0x380, 10, 2000);
     assert_eq!(apic.next_deadline_ns(), Some(2160));
     apic.poll(2160 + 400);
-    assert_eq!((apic.acknowledge(), apic.next_deadline_ns()), (Some(0x21), Some(2640)));
+    assert_eq!(
+        (apic.acknowledge(), apic.next_deadline_ns()),
+        (Some(0x21), Some(2640))
+    );
     // A masked timer goes on without interrupts.
     write(apic, 0x320, 0x3_0021, 2600);
     apic.end_of_interrupt(&Ends::default());
@@ -163,7 +180,14 @@ fn the_tsc_deadline_is_never_early_and_follows_the_offset() {
     apic.set_tsc_offset(1000, 100);
     assert_eq!(apic.next_deadline_ns(), Some(601));
     apic.poll(601);
-    assert_eq!((apic.acknowledge(), apic.tsc_deadline(), apic.next_deadline_ns()), (Some(0x22), 0, None));
+    assert_eq!(
+        (
+            apic.acknowledge(),
+            apic.tsc_deadline(),
+            apic.next_deadline_ns()
+        ),
+        (Some(0x22), 0, None)
+    );
     // In the past: at once.
     apic.set_tsc_deadline(1, 5000);
     assert_eq!(apic.next_deadline_ns(), Some(5000));
@@ -178,7 +202,11 @@ fn x2apic_has_its_own_way_in_and_its_own_registers() {
     let apic = &apics[1];
     let ends = Ends::default();
     assert_eq!(apic.msr_read(2, 0), Err(Invalid));
-    assert_eq!(apic.set_base(X2APIC, false, 46), Err(Invalid), "not in the model");
+    assert_eq!(
+        apic.set_base(X2APIC, false, 46),
+        Err(Invalid),
+        "not in the model"
+    );
     assert_eq!(apic.set_base(X2APIC & !0x800, true, 46), Err(Invalid));
     assert_eq!(apic.set_base(X2APIC, true, 46), Ok(()));
     assert!(!apic.owns(0xfee0_0020));
@@ -192,7 +220,12 @@ fn x2apic_has_its_own_way_in_and_its_own_registers() {
     assert_eq!(apic.acknowledge(), Some(0x44));
     apic.msr_write(0xb, 0, 0, &ends).unwrap();
     // Logical destination: cluster 0, bit 1; and a physical one in the high half of the ICR.
-    bus.send(&Message { destination: Destination::Logical(2), mode: DeliveryMode::Nmi, vector: 0, level: false });
+    bus.send(&Message {
+        destination: Destination::Logical(2),
+        mode: DeliveryMode::Nmi,
+        vector: 0,
+        level: false,
+    });
     assert!(apic.take_nmi() && !apics[0].take_nmi());
     apic.msr_write(0x30, 1 << 32 | 0x55, 0, &ends).unwrap();
     assert_eq!(apic.acknowledge(), Some(0x55));
@@ -210,7 +243,10 @@ fn external_interrupts_pass_through_lint0_once() {
     assert!(!apics[0].pending());
     write(&apics[0], 0x350, 0x700, 0);
     assert!(apics[0].waiting().interrupt && apics[0].pending());
-    assert_eq!((apics[0].acknowledge(), apics[0].acknowledge()), (Some(8), None));
+    assert_eq!(
+        (apics[0].acknowledge(), apics[0].acknowledge()),
+        (Some(8), None)
+    );
     bus.ext_int(Some(9));
     bus.ext_int(None);
     assert_eq!(apics[0].acknowledge(), None);
@@ -230,7 +266,13 @@ fn the_vcpu_and_the_timer_thread_are_told() {
     assert_eq!(told.0.load(Ordering::Relaxed), 1);
     apics[0].acknowledge();
     write(&apics[0], 0x380, 1000, 0);
-    assert_eq!((told.0.load(Ordering::Relaxed), told.1.load(Ordering::Relaxed)), (1, 1));
+    assert_eq!(
+        (
+            told.0.load(Ordering::Relaxed),
+            told.1.load(Ordering::Relaxed)
+        ),
+        (1, 1)
+    );
 }
 
 #[test]

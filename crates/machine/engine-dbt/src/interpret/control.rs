@@ -135,7 +135,9 @@ impl Exec<'_> {
             return Err(Fault::protection(0));
         }
         self.cpu.cr4 = value;
-        if (old ^ value) & (cr::CR4_PSE | cr::CR4_PAE | cr::CR4_PGE | cr::CR4_SMEP | cr::CR4_SMAP) != 0 {
+        if (old ^ value) & (cr::CR4_PSE | cr::CR4_PAE | cr::CR4_PGE | cr::CR4_SMEP | cr::CR4_SMAP)
+            != 0
+        {
             self.cpu.flush_tlb(true);
         }
         Ok(())
@@ -151,7 +153,11 @@ impl Exec<'_> {
             self.cpu.dr6 |= DR6_BD;
             return Err(Fault::plain(1));
         }
-        Ok(if matches!(number, 4 | 5) { number + 2 } else { number })
+        Ok(if matches!(number, 4 | 5) {
+            number + 2
+        } else {
+            number
+        })
     }
 
     fn write_dr(&mut self, index: usize, value: u64) -> Result<(), Fault> {
@@ -194,15 +200,28 @@ impl Exec<'_> {
 
     /// CR4.UMIP keeps user code from reading system registers.
     pub(super) fn check_umip(&self) -> Result<(), Fault> {
-        if self.cpu.cr4 & cr::CR4_UMIP != 0 && self.cpu.cpl() > 0 { Err(Fault::protection(0)) } else { Ok(()) }
+        if self.cpu.cr4 & cr::CR4_UMIP != 0 && self.cpu.cpl() > 0 {
+            Err(Fault::protection(0))
+        } else {
+            Ok(())
+        }
     }
 
     pub(super) fn invlpg(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
         self.privileged()?;
         let offset = self.offset(instr, 0, 0);
         let segment = self.segment_of(instr, 0);
-        let base = if self.cpu.code_64() && segment < 4 { 0 } else { self.cpu.segments.get(segment).map_or(0, |s| s.base) };
-        let linear = base.wrapping_add(offset) & if self.cpu.code_64() { u64::MAX } else { 0xffff_ffff };
+        let base = if self.cpu.code_64() && segment < 4 {
+            0
+        } else {
+            self.cpu.segments.get(segment).map_or(0, |s| s.base)
+        };
+        let linear = base.wrapping_add(offset)
+            & if self.cpu.code_64() {
+                u64::MAX
+            } else {
+                0xffff_ffff
+            };
         // An address that is not canonical is a no-op, not a fault.
         self.cpu.flush_page(linear);
         Ok(Flow::Next)
@@ -221,7 +240,8 @@ impl Exec<'_> {
     }
 
     pub(super) fn direction(&mut self, down: bool) -> Result<Flow, Fault> {
-        self.cpu.system_flags = self.cpu.system_flags & !flags::DF | if down { flags::DF } else { 0 };
+        self.cpu.system_flags =
+            self.cpu.system_flags & !flags::DF | if down { flags::DF } else { 0 };
         Ok(Flow::Next)
     }
 }

@@ -30,9 +30,18 @@ impl Exec<'_> {
     pub fn read_tsc(&mut self) -> u64 {
         let clock = &self.env.clock;
         let offset = self.cpu.tsc_offset;
-        let taken = self.env.inputs.take("the time-stamp counter", || clock.tsc().wrapping_add(offset), Input::Tsc, |i| {
-            if let Input::Tsc(value) = i { Some(*value) } else { None }
-        });
+        let taken = self.env.inputs.take(
+            "the time-stamp counter",
+            || clock.tsc().wrapping_add(offset),
+            Input::Tsc,
+            |i| {
+                if let Input::Tsc(value) = i {
+                    Some(*value)
+                } else {
+                    None
+                }
+            },
+        );
         taken.unwrap_or_else(|error| {
             self.env.diverged(error);
             0
@@ -48,7 +57,11 @@ impl Exec<'_> {
     /// Something that runs with time, as an input.
     pub(super) fn clock_input(&mut self, live: impl FnOnce() -> u64) -> u64 {
         let taken = self.env.inputs.take("a clock", live, Input::Clock, |i| {
-            if let Input::Clock(value) = i { Some(*value) } else { None }
+            if let Input::Clock(value) = i {
+                Some(*value)
+            } else {
+                None
+            }
         });
         taken.unwrap_or_else(|error| {
             self.env.diverged(error);
@@ -84,7 +97,13 @@ impl Exec<'_> {
             "a random number",
             || host_random(seed),
             |(value, ok)| Input::Random(value, ok),
-            |i| if let Input::Random(value, ok) = i { Some((*value, *ok)) } else { None },
+            |i| {
+                if let Input::Random(value, ok) = i {
+                    Some((*value, *ok))
+                } else {
+                    None
+                }
+            },
         );
         let (value, ok) = taken.unwrap_or_else(|error| {
             self.env.diverged(error);
@@ -101,10 +120,14 @@ fn host_random(seed: bool) -> (u64, bool) {
     let (value, ok): (u64, u8);
     if seed {
         // SAFETY: RDSEED touches no memory; the CPU model offers it only if the host has it.
-        unsafe { asm!("rdseed {}", "setc {}", out(reg) value, out(reg_byte) ok, options(nomem, nostack)) };
+        unsafe {
+            asm!("rdseed {}", "setc {}", out(reg) value, out(reg_byte) ok, options(nomem, nostack))
+        };
     } else {
         // SAFETY: as above for RDRAND.
-        unsafe { asm!("rdrand {}", "setc {}", out(reg) value, out(reg_byte) ok, options(nomem, nostack)) };
+        unsafe {
+            asm!("rdrand {}", "setc {}", out(reg) value, out(reg_byte) ok, options(nomem, nostack))
+        };
     }
     (value, ok != 0)
 }

@@ -87,7 +87,12 @@ impl Exec<'_> {
             self.cpu.nmi_blocked = true;
         }
         let vector = if nmi { NMI } else { vector };
-        match self.deliver(Event { vector, error: None, origin: Origin::External, rip }) {
+        match self.deliver(Event {
+            vector,
+            error: None,
+            origin: Origin::External,
+            rip,
+        }) {
             Ok(()) => Next::Continue,
             Err(fault) => self.raise(fault),
         }
@@ -102,14 +107,25 @@ impl Exec<'_> {
             if current.vector == 1 {
                 self.cpu.dr7 &= !DR7_GD;
             }
-            let event = Event { vector: current.vector, error: current.error, origin, rip: self.cpu.rip };
-            let Err(second) = self.deliver(event) else { return Next::Continue };
+            let event = Event {
+                vector: current.vector,
+                error: current.error,
+                origin,
+                rip: self.cpu.rip,
+            };
+            let Err(second) = self.deliver(event) else {
+                return Next::Continue;
+            };
             if current.vector == DOUBLE_FAULT {
                 return Next::Shutdown;
             }
             origin = Origin::Fault;
             current = if doubles(current.vector, second.vector) {
-                Fault { vector: DOUBLE_FAULT, error: Some(0), cr2: 0 }
+                Fault {
+                    vector: DOUBLE_FAULT,
+                    error: Some(0),
+                    cr2: 0,
+                }
             } else {
                 second
             };
@@ -117,7 +133,11 @@ impl Exec<'_> {
     }
 
     /// INT n, INT1, INT3, INTO.
-    pub(super) fn software_interrupt(&mut self, instr: &Instruction, next_rip: u64) -> Result<Flow, Fault> {
+    pub(super) fn software_interrupt(
+        &mut self,
+        instr: &Instruction,
+        next_rip: u64,
+    ) -> Result<Flow, Fault> {
         let (vector, origin) = match instr.mnemonic() {
             Mnemonic::Int3 => (3, Origin::SoftwareException),
             Mnemonic::Int1 => (1, Origin::PrivilegedSoftware),
@@ -128,7 +148,12 @@ impl Exec<'_> {
         if self.is_virtual_8086() && origin == Origin::Software && self.iopl() < 3 {
             return Err(Fault::protection(0));
         }
-        self.deliver(Event { vector, error: None, origin, rip: next_rip })?;
+        self.deliver(Event {
+            vector,
+            error: None,
+            origin,
+            rip: next_rip,
+        })?;
         if origin == Origin::PrivilegedSoftware {
             // A debug exception itself, together with what MOV SS held back.
             self.cpu.dr6 |= std::mem::take(&mut self.cpu.debug.carried);
@@ -173,7 +198,12 @@ impl Exec<'_> {
 
     /// RFLAGS as an event saves them.
     fn saved_flags(&self, event: &Event) -> u64 {
-        self.cpu.rflags() | if event.origin == Origin::Fault { flags::RF } else { 0 }
+        self.cpu.rflags()
+            | if event.origin == Origin::Fault {
+                flags::RF
+            } else {
+                0
+            }
     }
 
     /// Reads a gate and checks what all modes check. The second half is there in long mode only.
@@ -188,7 +218,11 @@ impl Exec<'_> {
         let mut bytes = [0; 16];
         self.load_system(address, bytes.get_mut(..size as usize).unwrap_or(&mut []))?;
         let both = u128::from_le_bytes(bytes);
-        let gate = Descriptor { raw: both as u64, high: (both >> 64) as u64, address };
+        let gate = Descriptor {
+            raw: both as u64,
+            high: (both >> 64) as u64,
+            address,
+        };
         // Interrupt and trap gates: 14 and 15, with 16-bit frames 6 and 7.
         let is_gate = match gate.kind() {
             14 | 15 => true,
@@ -216,9 +250,14 @@ impl Exec<'_> {
         }
         let external = |fault: Fault| match fault.vector {
             PAGE_FAULT => fault,
-            _ => Fault { error: fault.error.map(|e| e | ext), ..fault },
+            _ => Fault {
+                error: fault.error.map(|e| e | ext),
+                ..fault
+            },
         };
-        let code = self.descriptor(selector, Fault::protection).map_err(external)?;
+        let code = self
+            .descriptor(selector, Fault::protection)
+            .map_err(external)?;
         let wrong_size = self.cpu.long_mode() && (!code.is_long_code() || code.default_32());
         if !code.is_code() || code.dpl() > self.cpu.cpl() || wrong_size {
             return Err(Fault::protection(error));
@@ -235,14 +274,22 @@ impl Exec<'_> {
         let (selector, rip) = gate.gate_target();
         let mut code = self.handler(selector, ext)?;
         let cpl = self.cpu.cpl();
-        let new_cpl = if code.is_conforming() { cpl } else { code.dpl() };
+        let new_cpl = if code.is_conforming() {
+            cpl
+        } else {
+            code.dpl()
+        };
         if !crate::mmu::canonical(rip) {
             return Err(Fault::protection(ext));
         }
         let stack_table = gate.raw >> 32 & 7;
         let error = selector_error(self.cpu.tr.selector) | ext;
         let (old_rsp, old_ss) = (self.cpu.gpr[super::operand::RSP], self.cpu.segments[SS]);
-        let segment = if new_cpl == cpl { old_ss } else { super::segment::null_segment(new_cpl.into()) };
+        let segment = if new_cpl == cpl {
+            old_ss
+        } else {
+            super::segment::null_segment(new_cpl.into())
+        };
         let pointer = if stack_table != 0 {
             self.tss_word(28 + stack_table * 8, 8, error)?
         } else if new_cpl != cpl {
@@ -250,12 +297,23 @@ impl Exec<'_> {
         } else {
             old_rsp
         };
-        let stack = NewStack { segment, pointer: pointer & !15 };
+        let stack = NewStack {
+            segment,
+            pointer: pointer & !15,
+        };
         self.mark_accessed(&mut code)?;
         let cs = self.cpu.segments[CS].selector;
-        let frame =
-            [old_ss.selector.into(), old_rsp, self.saved_flags(&event), cs.into(), event.rip, event.error.unwrap_or(0).into()];
-        let values = frame.get(..if event.error.is_some() { 6 } else { 5 }).unwrap_or(&frame);
+        let frame = [
+            old_ss.selector.into(),
+            old_rsp,
+            self.saved_flags(&event),
+            cs.into(),
+            event.rip,
+            event.error.unwrap_or(0).into(),
+        ];
+        let values = frame
+            .get(..if event.error.is_some() { 6 } else { 5 })
+            .unwrap_or(&frame);
         let rsp = self.push_on(stack, values, 8, new_cpl, ext)?;
         self.cpu.set_segment(SS, segment);
         self.set_code_segment(&code, selector, new_cpl);
@@ -283,7 +341,11 @@ impl Exec<'_> {
         let mut code = self.handler(selector, ext)?;
         let v8086 = self.is_virtual_8086();
         let cpl = self.cpu.cpl();
-        let new_cpl = if code.is_conforming() { cpl } else { code.dpl() };
+        let new_cpl = if code.is_conforming() {
+            cpl
+        } else {
+            code.dpl()
+        };
         if v8086 && new_cpl != 0 {
             return Err(Fault::protection(selector_error(selector) | ext));
         }

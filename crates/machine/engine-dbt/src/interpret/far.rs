@@ -23,8 +23,16 @@ impl Exec<'_> {
     pub(super) fn far_branch(&mut self, instr: &Instruction, next_rip: u64) -> Result<Flow, Fault> {
         let call = instr.code().is_call_far() || instr.code().is_call_far_indirect();
         let (selector, offset, size) = match instr.op0_kind() {
-            OpKind::FarBranch16 => (instr.far_branch_selector(), u64::from(instr.far_branch16()), 2),
-            OpKind::FarBranch32 => (instr.far_branch_selector(), u64::from(instr.far_branch32()), 4),
+            OpKind::FarBranch16 => (
+                instr.far_branch_selector(),
+                u64::from(instr.far_branch16()),
+                2,
+            ),
+            OpKind::FarBranch32 => (
+                instr.far_branch_selector(),
+                u64::from(instr.far_branch32()),
+                4,
+            ),
             OpKind::Memory => {
                 let size = instr.memory_size().size() - 2;
                 let offset_at = self.address(instr, 0, size + 2, Access::Read)?;
@@ -46,7 +54,8 @@ impl Exec<'_> {
         if descriptor.is_code() {
             return self.far_to_code(descriptor, selector, offset, size, call.then_some(next_rip));
         }
-        let gate = descriptor.is_system() && matches!(descriptor.kind(), system::CALL_GATE | system::CALL_GATE_16);
+        let gate = descriptor.is_system()
+            && matches!(descriptor.kind(), system::CALL_GATE | system::CALL_GATE_16);
         if !gate || (descriptor.kind() == system::CALL_GATE_16 && self.cpu.long_mode()) {
             return Err(Fault::protection(error));
         }
@@ -97,7 +106,9 @@ impl Exec<'_> {
         } else {
             descriptor.dpl() == cpl && (selector & 3) as u8 <= cpl
         };
-        if !allowed || (self.cpu.long_mode() && descriptor.is_long_code() && descriptor.default_32()) {
+        if !allowed
+            || (self.cpu.long_mode() && descriptor.is_long_code() && descriptor.default_32())
+        {
             return Err(Fault::protection(error));
         }
         if !descriptor.present() {
@@ -118,7 +129,11 @@ impl Exec<'_> {
     }
 
     /// Through a call gate, to the same or, for calls, a more privileged level.
-    fn through_call_gate(&mut self, gate: &Descriptor, return_to: Option<u64>) -> Result<Flow, Fault> {
+    fn through_call_gate(
+        &mut self,
+        gate: &Descriptor,
+        return_to: Option<u64>,
+    ) -> Result<Flow, Fault> {
         let long = self.cpu.long_mode();
         let (selector, offset) = gate.gate_target();
         let size = match gate.kind() {
@@ -147,7 +162,10 @@ impl Exec<'_> {
         let inner = return_to.is_some() && !code.is_conforming() && code.dpl() < cpl;
         let new_cpl = if inner { code.dpl() } else { cpl };
         if let Some(rip) = return_to {
-            let (cs, ss) = (self.cpu.segments[CS].selector, self.cpu.segments[SS].selector);
+            let (cs, ss) = (
+                self.cpu.segments[CS].selector,
+                self.cpu.segments[SS].selector,
+            );
             if inner {
                 let old = self.stack();
                 let parameters = self.gate_parameters(gate, size)?;
@@ -176,7 +194,11 @@ impl Exec<'_> {
 
     /// The parameters a legacy call gate copies from the caller's stack, in the order they are pushed.
     fn gate_parameters(&mut self, gate: &Descriptor, size: usize) -> Result<Vec<u64>, Fault> {
-        let count = if self.cpu.long_mode() { 0 } else { gate.raw >> 32 & 31 };
+        let count = if self.cpu.long_mode() {
+            0
+        } else {
+            gate.raw >> 32 & 31
+        };
         let stack = self.stack();
         (0..count)
             .rev()
@@ -196,18 +218,31 @@ impl Exec<'_> {
         if self.cpu.long_mode() {
             let pointer = self.tss_word(4 + level * 8, 8, error)?;
             // A null selector whose RPL is the new level.
-            return Ok(NewStack { segment: super::segment::null_segment(cpl.into()), pointer });
+            return Ok(NewStack {
+                segment: super::segment::null_segment(cpl.into()),
+                pointer,
+            });
         }
         let wide = tr.attributes & 8 != 0;
         let (pointer, selector) = if wide {
-            (self.tss_word(4 + level * 8, 4, error)?, self.tss_word(8 + level * 8, 2, error)?)
+            (
+                self.tss_word(4 + level * 8, 4, error)?,
+                self.tss_word(8 + level * 8, 2, error)?,
+            )
         } else {
-            (self.tss_word(2 + level * 4, 2, error)?, self.tss_word(4 + level * 4, 2, error)?)
+            (
+                self.tss_word(2 + level * 4, 2, error)?,
+                self.tss_word(4 + level * 4, 2, error)?,
+            )
         };
-        let segment = self.fetch_stack_segment(selector as u16, cpl, false, invalid_tss).map_err(|fault| Fault {
-            error: fault.error.map(|e| if fault.vector == 14 { e } else { e | ext }),
-            ..fault
-        })?;
+        let segment = self
+            .fetch_stack_segment(selector as u16, cpl, false, invalid_tss)
+            .map_err(|fault| Fault {
+                error: fault
+                    .error
+                    .map(|e| if fault.vector == 14 { e } else { e | ext }),
+                ..fault
+            })?;
         Ok(NewStack { segment, pointer })
     }
 
@@ -249,7 +284,11 @@ impl Exec<'_> {
         } else {
             let expand_down = stack.segment.attributes & 4 != 0;
             let limit = u64::from(stack.segment.limit);
-            if expand_down { pointer <= limit } else { last > limit }
+            if expand_down {
+                pointer <= limit
+            } else {
+                last > limit
+            }
         };
         if outside {
             return Err(Fault::stack(selector_error(stack.segment.selector) | ext));
@@ -260,13 +299,21 @@ impl Exec<'_> {
             slot.copy_from_slice(value.to_le_bytes().get(..size).unwrap_or(&[0; 8]));
         }
         // A frame at privilege 3 is written as the (current) user would.
-        if cpl == 3 { self.store(linear, frame)? } else { self.store_system(linear, frame)? }
+        if cpl == 3 {
+            self.store(linear, frame)?
+        } else {
+            self.store_system(linear, frame)?
+        }
         Ok(pointer)
     }
 
     pub(super) fn far_return(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
         let size = far_return_size(instr);
-        let release = if instr.op_count() > 0 { instr.immediate(0) & 0xffff } else { 0 };
+        let release = if instr.op_count() > 0 {
+            instr.immediate(0) & 0xffff
+        } else {
+            0
+        };
         let mut stack = self.stack();
         let rip = self.pop(&mut stack, size)?;
         let selector = self.pop(&mut stack, size)? as u16;
@@ -294,7 +341,8 @@ impl Exec<'_> {
         }
         let rsp = self.pop(&mut stack, size)?;
         let ss = self.pop(&mut stack, size)? as u16;
-        let new_stack = self.fetch_stack_segment(ss, new_cpl, code.is_long_code(), Fault::protection)?;
+        let new_stack =
+            self.fetch_stack_segment(ss, new_cpl, code.is_long_code(), Fault::protection)?;
         self.check_target(&code, rip)?;
         self.mark_accessed(&mut code)?;
         self.leave_to(&code, selector, rip, new_stack, rsp.wrapping_add(release));
@@ -309,7 +357,11 @@ impl Exec<'_> {
         }
         let rpl = (selector & 3) as u8;
         let code = self.descriptor(selector, Fault::protection)?;
-        let privilege = if code.is_conforming() { code.dpl() <= rpl } else { code.dpl() == rpl };
+        let privilege = if code.is_conforming() {
+            code.dpl() <= rpl
+        } else {
+            code.dpl() == rpl
+        };
         let wrong_size = self.cpu.long_mode() && code.is_long_code() && code.default_32();
         if !code.is_code() || rpl < self.cpu.cpl() || !privilege || wrong_size {
             return Err(Fault::protection(error));
@@ -321,7 +373,14 @@ impl Exec<'_> {
     }
 
     /// The last step of a return to an outer level or with a stack from the frame. Cannot fail.
-    pub fn leave_to(&mut self, code: &Descriptor, selector: u16, rip: u64, stack: Segment, rsp: u64) {
+    pub fn leave_to(
+        &mut self,
+        code: &Descriptor,
+        selector: u16,
+        rip: u64,
+        stack: Segment,
+        rsp: u64,
+    ) {
         let cpl = (selector & 3) as u8;
         let outer = cpl > self.cpu.cpl();
         self.set_code_segment(code, selector, cpl);

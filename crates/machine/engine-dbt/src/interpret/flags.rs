@@ -61,6 +61,10 @@ impl Exec<'_> {
 
     /// #GP(0) if CPL is above IOPL.
     fn check_io_privilege(&self) -> Result<(), Fault> {
-        if self.cpu.cpl() > self.iopl() { Err(Fault::protection(0)) } else { Ok(()) }
+        if self.cpu.cpl() > self.iopl() {
+            Err(Fault::protection(0))
+        } else {
+            Ok(())
+        }
     }
 }

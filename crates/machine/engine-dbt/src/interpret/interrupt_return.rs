@@ -66,7 +66,15 @@ impl Exec<'_> {
         // 64-bit code always has a stack in its frame.
         let frame_stack = if from_64 || new_cpl > cpl {
             let [rsp, ss] = self.pop_many(&mut stack, size)?;
-            Some((self.fetch_stack_segment(ss as u16, new_cpl, code.is_long_code(), Fault::protection)?, rsp))
+            Some((
+                self.fetch_stack_segment(
+                    ss as u16,
+                    new_cpl,
+                    code.is_long_code(),
+                    Fault::protection,
+                )?,
+                rsp,
+            ))
         } else {
             None
         };
@@ -102,12 +110,21 @@ impl Exec<'_> {
             *word = self.pop(&mut stack, 4)?;
         }
         let [esp, ss, es, ds, fs, gs] = words;
-        self.cpu.set_rflags(image & (flags::ARITH | flags::SYSTEM | flags::IF));
+        self.cpu
+            .set_rflags(image & (flags::ARITH | flags::SYSTEM | flags::IF));
         let selectors = [es, cs.into(), ss, ds, fs, gs];
         for (index, selector) in selectors.into_iter().enumerate() {
             let selector = selector as u16;
             let base = u64::from(selector) << 4;
-            self.cpu.set_segment(index, Segment { selector, base, limit: 0xffff, attributes: 0xf3 });
+            self.cpu.set_segment(
+                index,
+                Segment {
+                    selector,
+                    base,
+                    limit: 0xffff,
+                    attributes: 0xf3,
+                },
+            );
         }
         self.cpu.rip = rip & 0xffff;
         self.cpu.gpr[super::operand::RSP] = esp;

@@ -32,7 +32,8 @@ impl Exec<'_> {
 
     /// #GP(0) unless IOPL or the TSS's permission map lets the program use these ports.
     pub(super) fn check_port(&mut self, port: u16, size: usize) -> Result<(), Fault> {
-        let restricted = self.is_virtual_8086() || (self.is_protected() && self.cpu.cpl() > self.iopl());
+        let restricted =
+            self.is_virtual_8086() || (self.is_protected() && self.cpu.cpl() > self.iopl());
         if !restricted {
             return Ok(());
         }
@@ -43,9 +44,15 @@ impl Exec<'_> {
         }
         let refuse = |fault: Fault| if fault.vector == 10 { REFUSED } else { fault };
         let base = self.tss_word(MAP_BASE, 2, 0).map_err(refuse)?;
-        let bits = self.tss_word(base + u64::from(port / 8), 2, 0).map_err(refuse)?;
+        let bits = self
+            .tss_word(base + u64::from(port / 8), 2, 0)
+            .map_err(refuse)?;
         let wanted = ((1 << size) - 1) << (port % 8);
-        if bits & wanted == 0 { Ok(()) } else { Err(REFUSED) }
+        if bits & wanted == 0 {
+            Ok(())
+        } else {
+            Err(REFUSED)
+        }
     }
 
     pub(super) fn read_port(&mut self, port: u16, size: usize) -> u64 {
@@ -75,7 +82,11 @@ impl Exec<'_> {
         self.cpu.note_access(port.into(), size, Watched::Port);
         let bytes = value.to_le_bytes();
         let data = bytes.get(..size).unwrap_or(&[]);
-        if !self.env.inputs.is_replay() && !self.env.ring_doorbell(DoorbellSpace::Port, port.into(), data) {
+        if !self.env.inputs.is_replay()
+            && !self
+                .env
+                .ring_doorbell(DoorbellSpace::Port, port.into(), data)
+        {
             self.bus.port_out(port, data);
         }
     }

@@ -13,7 +13,11 @@ const RBP: usize = 5;
 fn byte_flags(value: u8) -> u64 {
     let zero = if value == 0 { ZF } else { 0 };
     let sign = if value & 0x80 != 0 { SF } else { 0 };
-    let parity = if value.count_ones().is_multiple_of(2) { PF } else { 0 };
+    let parity = if value.count_ones().is_multiple_of(2) {
+        PF
+    } else {
+        0
+    };
     zero | sign | parity
 }
 
@@ -49,14 +53,22 @@ impl Exec<'_> {
                 let high = al > 0x99 || carry;
                 let correction = if half { 6 } else { 0 } + if high { 0x60 } else { 0 };
                 let subtract = instr.mnemonic() == M::Das;
-                let value = if subtract { al.wrapping_sub(correction) } else { al.wrapping_add(correction) };
+                let value = if subtract {
+                    al.wrapping_sub(correction)
+                } else {
+                    al.wrapping_add(correction)
+                };
                 // DAS borrows out of the low step too (SDM vol. 2, DAS).
                 let out = high || (subtract && half && al < 6);
-                let flags = byte_flags(value) | if half { AF } else { 0 } | if out { CF } else { 0 };
+                let flags =
+                    byte_flags(value) | if half { AF } else { 0 } | if out { CF } else { 0 };
                 (u16::from_le_bytes([value, ah]), flags)
             }
             // SALC sets AL from the carry flag and leaves the flags alone.
-            _ => (u16::from_le_bytes([if carry { 0xff } else { 0 }, ah]), self.cpu.arith),
+            _ => (
+                u16::from_le_bytes([if carry { 0xff } else { 0 }, ah]),
+                self.cpu.arith,
+            ),
         };
         self.set_reg(0, result.into(), 2);
         self.cpu.arith = flags;
@@ -79,7 +91,11 @@ impl Exec<'_> {
         for value in values.iter_mut().rev() {
             *value = self.pop(&mut stack, size)?;
         }
-        for (number, value) in values.into_iter().enumerate().filter(|(number, _)| *number != RSP) {
+        for (number, value) in values
+            .into_iter()
+            .enumerate()
+            .filter(|(number, _)| *number != RSP)
+        {
             self.set_reg(number, value, size);
         }
         self.set_stack(stack);
@@ -121,11 +137,21 @@ impl Exec<'_> {
         let register = instr.op0_register();
         let size = register.size();
         let linear = self.address(instr, 1, size * 2, Access::Read)?;
-        let sign = |value: u64| if size == 2 { i64::from(value as i16) } else { i64::from(value as i32) };
+        let sign = |value: u64| {
+            if size == 2 {
+                i64::from(value as i16)
+            } else {
+                i64::from(value as i32)
+            }
+        };
         let lower = sign(self.load_sized(linear, size)?);
         let upper = sign(self.load_sized(linear.wrapping_add(size as u64), size)?);
         let index = sign(self.named(register));
-        if index < lower || index > upper { Err(Fault::plain(5)) } else { Ok(Flow::Next) }
+        if index < lower || index > upper {
+            Err(Fault::plain(5))
+        } else {
+            Ok(Flow::Next)
+        }
     }
 
     /// XLAT: AL becomes the byte at [rBX + AL].

@@ -53,11 +53,19 @@ impl Exec<'_> {
 
     /// VMASKMOVPS, VMASKMOVPD, VPMASKMOVD, VPMASKMOVQ: loads and stores.
     pub(super) fn mask_lanes(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
-        let size = if matches!(instr.mnemonic(), M::Vmaskmovps | M::Vpmaskmovd) { 4 } else { 8 };
+        let size = if matches!(instr.mnemonic(), M::Vmaskmovps | M::Vpmaskmovd) {
+            4
+        } else {
+            8
+        };
         let mask = self.vector(instr.op1_register().number());
         let lanes = instr.op1_register().size() / size;
         let store = instr.op0_kind() == OpKind::Memory;
-        let (memory, access) = if store { (0, Access::Write) } else { (2, Access::Read) };
+        let (memory, access) = if store {
+            (0, Access::Write)
+        } else {
+            (2, Access::Read)
+        };
         let mut addresses = Vec::with_capacity(lanes);
         for lane in 0..lanes {
             if vector_lane(&mask, lane, size) >> (size * 8 - 1) != 0 {

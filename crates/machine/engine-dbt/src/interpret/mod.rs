@@ -85,7 +85,11 @@ impl Exec<'_> {
             Flow::Jumped => Ok(Next::Continue),
             Flow::Again => {
                 // Between elements an execute breakpoint must not fault again.
-                self.cpu.system_flags |= if self.cpu.watching() { rflags::RF } else { resume };
+                self.cpu.system_flags |= if self.cpu.watching() {
+                    rflags::RF
+                } else {
+                    resume
+                };
                 Ok(Next::RepeatLater)
             }
             Flow::Next => {
@@ -207,7 +211,11 @@ impl Exec<'_> {
 
     /// #GP(0) unless at CPL 0.
     fn privileged(&self) -> Result<(), Fault> {
-        if self.cpu.cpl() == 0 { Ok(()) } else { Err(Fault::protection(0)) }
+        if self.cpu.cpl() == 0 {
+            Ok(())
+        } else {
+            Err(Fault::protection(0))
+        }
     }
 
     /// Protected mode (with or without long mode), but not virtual-8086 mode.

@@ -21,7 +21,9 @@ const FEATURE_CONTROL: u64 = 1;
 /// IBRS, STIBP, SSBD, BHI_DIS_S: stored and without effect.
 const SPEC_CTRL_WRITABLE: u64 = 7 | 1 << 10;
 /// The registers of the fixed MTRRs, in the order of [`Msrs::mtrr_fixed`].
-const MTRR_FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
+const MTRR_FIXED: [u32; 11] = [
+    0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f,
+];
 
 /// Registers that nothing but RDMSR and WRMSR looks at.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -57,12 +59,20 @@ impl Default for Msrs {
 const REFUSED: Fault = Fault::protection(0);
 
 fn need_canonical(value: u64) -> Result<u64, Fault> {
-    if canonical(value) { Ok(value) } else { Err(REFUSED) }
+    if canonical(value) {
+        Ok(value)
+    } else {
+        Err(REFUSED)
+    }
 }
 
 /// `value` if it has no bits but these.
 fn only(value: u64, allowed: u64) -> Result<u64, Fault> {
-    if value & !allowed == 0 { Ok(value) } else { Err(REFUSED) }
+    if value & !allowed == 0 {
+        Ok(value)
+    } else {
+        Err(REFUSED)
+    }
 }
 
 fn is_memory_type(value: u64) -> bool {
@@ -85,11 +95,19 @@ impl Exec<'_> {
     }
 
     pub(super) fn msrs(&self) -> MutexGuard<'_, Msrs> {
-        self.env.apic.msrs.lock().unwrap_or_else(PoisonError::into_inner)
+        self.env
+            .apic
+            .msrs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn has(&self, feature: Feature) -> Result<(), Fault> {
-        if self.env.model.has(feature) { Ok(()) } else { Err(REFUSED) }
+        if self.env.model.has(feature) {
+            Ok(())
+        } else {
+            Err(REFUSED)
+        }
     }
 
     /// Value of an MSR; #GP(0) if the model has none of this number or it cannot be read.
@@ -109,7 +127,9 @@ impl Exec<'_> {
             M::SYSENTER_EIP => self.cpu.sysenter_eip,
             M::PAT => self.cpu.pat,
             M::TSC => self.read_tsc(),
-            M::TSC_ADJUST => self.has(Feature::TscAdjust).map(|()| self.msrs().tsc_adjust)?,
+            M::TSC_ADJUST => self
+                .has(Feature::TscAdjust)
+                .map(|()| self.msrs().tsc_adjust)?,
             M::APIC_BASE => self.env.apic.base(),
             M::TSC_DEADLINE => {
                 self.has(Feature::TscDeadline)?;
@@ -118,16 +138,30 @@ impl Exec<'_> {
                 self.clock_input(|| apic.tsc_deadline())
             }
             M(0x800..=0x8ff) => self.read_x2apic(index)?,
-            M::SPEC_CTRL => self.has(Feature::SpecCtrl).map(|()| self.msrs().spec_ctrl)?,
-            M::ARCH_CAPABILITIES => self.has(Feature::ArchCapabilities).map(|()| self.env.model.arch_capabilities())?,
+            M::SPEC_CTRL => self
+                .has(Feature::SpecCtrl)
+                .map(|()| self.msrs().spec_ctrl)?,
+            M::ARCH_CAPABILITIES => self
+                .has(Feature::ArchCapabilities)
+                .map(|()| self.env.model.arch_capabilities())?,
             M::MISC_ENABLE => self.msrs().misc_enable,
             M::FEATURE_CONTROL => FEATURE_CONTROL,
             // The revision is in the upper half.
             M::MICROCODE => 1 << 32,
-            M::PLATFORM_ID | M::PLATFORM_INFO | M::MISC_FEATURES | M::DEBUG_CTL | M::MCG_CAP | M::MCG_STATUS => 0,
+            M::PLATFORM_ID
+            | M::PLATFORM_INFO
+            | M::MISC_FEATURES
+            | M::DEBUG_CTL
+            | M::MCG_CAP
+            | M::MCG_STATUS => 0,
             M::MTRR_CAP => MTRR_CAP,
             M::MTRR_DEFAULT_TYPE => self.msrs().mtrr_default,
-            M(0x200..=0x20f) => self.msrs().mtrr_variable.get(index as usize - 0x200).copied().ok_or(REFUSED)?,
+            M(0x200..=0x20f) => self
+                .msrs()
+                .mtrr_variable
+                .get(index as usize - 0x200)
+                .copied()
+                .ok_or(REFUSED)?,
             M(0x250..=0x26f) => {
                 let fixed = MTRR_FIXED.iter().position(|&m| m == index).ok_or(REFUSED)?;
                 self.msrs().mtrr_fixed.get(fixed).copied().ok_or(REFUSED)?
@@ -155,7 +189,10 @@ impl Exec<'_> {
             M::SYSENTER_ESP => self.cpu.sysenter_esp = need_canonical(value)?,
             M::SYSENTER_EIP => self.cpu.sysenter_eip = need_canonical(value)?,
             M::PAT => {
-                let valid = value.to_le_bytes().iter().all(|&t| matches!(t, 0 | 1 | 4 | 5 | 6 | 7));
+                let valid = value
+                    .to_le_bytes()
+                    .iter()
+                    .all(|&t| matches!(t, 0 | 1 | 4 | 5 | 6 | 7));
                 self.cpu.pat = if valid { value } else { return Err(REFUSED) };
             }
             M::TSC => {
@@ -170,7 +207,10 @@ impl Exec<'_> {
             M::APIC_BASE => {
                 let x2apic = self.env.model.has(Feature::X2apic);
                 let bits = self.env.model.address_bits();
-                self.env.apic.set_base(value, x2apic, bits).map_err(|_| REFUSED)?;
+                self.env
+                    .apic
+                    .set_base(value, x2apic, bits)
+                    .map_err(|_| REFUSED)?;
                 self.cpu.flush_tlb(true);
             }
             M::TSC_DEADLINE => {
@@ -203,14 +243,25 @@ impl Exec<'_> {
                 only(value, 0)?;
             }
             M::MTRR_DEFAULT_TYPE => {
-                let value = only(value, 0xcff).ok().filter(|&v| is_memory_type(v)).ok_or(REFUSED)?;
+                let value = only(value, 0xcff)
+                    .ok()
+                    .filter(|&v| is_memory_type(v))
+                    .ok_or(REFUSED)?;
                 self.msrs().mtrr_default = value;
             }
             M(0x200..=0x20f) => self.write_variable_mtrr(index, value)?,
             M(0x250..=0x26f) => {
                 let fixed = MTRR_FIXED.iter().position(|&m| m == index).ok_or(REFUSED)?;
-                let valid = value.to_le_bytes().iter().all(|&t| is_memory_type(t.into()));
-                *self.msrs().mtrr_fixed.get_mut(fixed).filter(|_| valid).ok_or(REFUSED)? = value;
+                let valid = value
+                    .to_le_bytes()
+                    .iter()
+                    .all(|&t| is_memory_type(t.into()));
+                *self
+                    .msrs()
+                    .mtrr_fixed
+                    .get_mut(fixed)
+                    .filter(|_| valid)
+                    .ok_or(REFUSED)? = value;
             }
             M::KVM_SYSTEM_TIME => {
                 self.msrs().kvm_system_time = value;
@@ -245,7 +296,8 @@ impl Exec<'_> {
     pub(super) fn write_segment_base(&mut self, index: usize, base: u64) -> Result<(), Fault> {
         let base = need_canonical(base)?;
         if let Some(&segment) = self.cpu.segments.get(index) {
-            self.cpu.set_segment(index, strata_engine::x86::Segment { base, ..segment });
+            self.cpu
+                .set_segment(index, strata_engine::x86::Segment { base, ..segment });
         }
         Ok(())
     }
@@ -256,7 +308,9 @@ impl Exec<'_> {
         let mut msrs = self.msrs();
         msrs.tsc_adjust = msrs.tsc_adjust.wrapping_add(step);
         drop(msrs);
-        self.env.apic.set_tsc_offset(self.cpu.tsc_offset, self.env.clock.now_ns());
+        self.env
+            .apic
+            .set_tsc_offset(self.cpu.tsc_offset, self.env.clock.now_ns());
         self.publish_clock();
     }
 
@@ -267,7 +321,11 @@ impl Exec<'_> {
         if !is_mask && !is_memory_type(value) {
             return Err(REFUSED);
         }
-        *self.msrs().mtrr_variable.get_mut(index as usize - 0x200).ok_or(REFUSED)? = value;
+        *self
+            .msrs()
+            .mtrr_variable
+            .get_mut(index as usize - 0x200)
+            .ok_or(REFUSED)? = value;
         Ok(())
     }
 
@@ -284,7 +342,10 @@ impl Exec<'_> {
     fn write_x2apic(&mut self, index: u32, value: u64) -> Result<(), Fault> {
         self.has(Feature::X2apic)?;
         let now = self.env.clock.now_ns();
-        self.env.apic.msr_write(index as usize - 0x800, value, now, self.bus).map_err(|_| REFUSED)
+        self.env
+            .apic
+            .msr_write(index as usize - 0x800, value, now, self.bus)
+            .map_err(|_| REFUSED)
     }
 
     pub(super) fn xgetbv(&mut self) -> Result<Flow, Fault> {
@@ -308,7 +369,8 @@ impl Exec<'_> {
         self.privileged()?;
         let value = self.cpu.gpr[2] << 32 | self.cpu.gpr[0] & 0xffff_ffff;
         let allowed = self.env.model.xcr0_mask();
-        if self.cpu.gpr[1] as u32 != 0 || value & !allowed != 0 || value & 1 == 0 || value & 6 == 4 {
+        if self.cpu.gpr[1] as u32 != 0 || value & !allowed != 0 || value & 1 == 0 || value & 6 == 4
+        {
             return Err(REFUSED);
         }
         self.cpu.xcr0 = value;
@@ -318,7 +380,15 @@ impl Exec<'_> {
     /// The model's MSRs that have no field of their own in a saved state, ascending.
     pub fn save_msrs(&mut self) -> Vec<MsrEntry> {
         let indices: Vec<u32> = self.env.model.msrs().collect();
-        indices.into_iter().filter_map(|index| Some(MsrEntry { index, value: self.read_msr(index).ok()? })).collect()
+        indices
+            .into_iter()
+            .filter_map(|index| {
+                Some(MsrEntry {
+                    index,
+                    value: self.read_msr(index).ok()?,
+                })
+            })
+            .collect()
     }
 
     /// Writes saved MSRs back. The first one that the model refuses is returned.

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use crate::cpu::{TLB_ENTRIES, Ymm};
+use crate::cpu::Ymm;
 use crate::env::{Access, Exec, Fault};
 
 /// Index of RSP in [`crate::cpu::Cpu::gpr`].
@@ -21,7 +21,11 @@ pub struct Stack {
 
 /// All ones in the low `size` bytes.
 pub fn size_mask(size: usize) -> u64 {
-    if size >= 8 { u64::MAX } else { (1 << (size * 8)) - 1 }
+    if size >= 8 {
+        u64::MAX
+    } else {
+        (1 << (size * 8)) - 1
+    }
 }
 
 impl Exec<'_> {
@@ -47,10 +51,14 @@ impl Exec<'_> {
             Register::AH | Register::CH | Register::DH | Register::BH => {
                 self.reg(register as usize - Register::AH as usize) >> 8 & 0xff
             }
-            _ if register.is_gpr() => self.reg(register.full_register().number()) & size_mask(register.size()),
-            _ if register.is_segment_register() => {
-                self.cpu.segments.get(register.number()).map_or(0, |s| u64::from(s.selector))
+            _ if register.is_gpr() => {
+                self.reg(register.full_register().number()) & size_mask(register.size())
             }
+            _ if register.is_segment_register() => self
+                .cpu
+                .segments
+                .get(register.number())
+                .map_or(0, |s| u64::from(s.selector)),
             _ => 0,
         }
     }
@@ -88,8 +96,14 @@ impl Exec<'_> {
         match instr.op_kind(op) {
             OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI => 0,
             // In 64-bit code overrides of anything but FS and GS mean nothing.
-            OpKind::Memory if self.cpu.code_64() && !matches!(instr.memory_segment(), Register::FS | Register::GS) => {
-                let stack = matches!(instr.memory_base().full_register(), Register::RSP | Register::RBP);
+            OpKind::Memory
+                if self.cpu.code_64()
+                    && !matches!(instr.memory_segment(), Register::FS | Register::GS) =>
+            {
+                let stack = matches!(
+                    instr.memory_base().full_register(),
+                    Register::RSP | Register::RBP
+                );
                 if stack { 2 } else { 3 }
             }
             _ => instr.memory_segment().number(),
@@ -97,8 +111,19 @@ impl Exec<'_> {
     }
 
     /// Linear address of memory operand `op`, checked for `size` bytes.
-    pub fn address(&self, instr: &Instruction, op: u32, size: usize, access: Access) -> Result<u64, Fault> {
-        self.linear(self.segment_of(instr, op), self.offset(instr, op, 0), size, access)
+    pub fn address(
+        &self,
+        instr: &Instruction,
+        op: u32,
+        size: usize,
+        access: Access,
+    ) -> Result<u64, Fault> {
+        self.linear(
+            self.segment_of(instr, op),
+            self.offset(instr, op, 0),
+            size,
+            access,
+        )
     }
 
     /// Linear address `by` bytes into memory operand `op`, checked for `size` bytes.
@@ -117,67 +142,29 @@ impl Exec<'_> {
     /// All ones in the address size of a memory operand.
     pub fn address_mask(&self, instr: &Instruction) -> u64 {
         let registers = [instr.memory_base(), instr.memory_index()];
-        let size = registers.iter().filter(|r| r.is_gpr() || r.is_ip()).map(|r| r.size()).max();
+        let size = registers
+            .iter()
+            .filter(|r| r.is_gpr() || r.is_ip())
+            .map(|r| r.size())
+            .max();
         size_mask(size.unwrap_or_else(|| match instr.memory_displ_size() {
             0 | 1 => self.cpu.code_bits() as usize / 8,
             size => size as usize,
         }))
     }
 
-    /// Host address of `size` bytes whose page the soft TLB holds for this access: plain RAM, without a page walk.
-    pub fn tlb_hit(&self, linear: u64, size: usize, access: Access) -> Option<*mut u8> {
-        let tlb = self.cpu.tlb.get(self.cpu.privilege() as usize)?;
-        let index = (linear >> 12) as usize % TLB_ENTRIES;
-        let tags = if access == Access::Write { &tlb.write } else { &tlb.read };
-        let in_page = linear.wrapping_add(*tags.get(index)?);
-        (in_page <= 4096u64.checked_sub(size as u64)?)
-            .then(|| linear.wrapping_add(tlb.delta.get(index).copied().unwrap_or(0)) as *mut u8)
-    }
-
-    /// Like [`Exec::ram_window`], but asks the soft TLB first.
-    pub fn quick_window(&mut self, linear: u64, access: Access) -> Result<Option<(*mut u8, usize)>, Fault> {
-        match self.tlb_hit(linear, 1, access) {
-            Some(host) => Ok(Some((host, 4096 - (linear & 0xfff) as usize))),
-            None => self.ram_window(linear, access),
-        }
-    }
-
-    /// Loads at the current privilege, from the soft TLB's page if it has it.
-    pub fn quick_load(&mut self, linear: u64, into: &mut [u8]) -> Result<(), Fault> {
-        match self.tlb_hit(linear, into.len(), Access::Read) {
-            Some(host) => {
-                // SAFETY: the TLB says that this page of guest RAM is mapped there; the guest may race, so bytes.
-                unsafe { host.copy_to(into.as_mut_ptr(), into.len()) };
-                Ok(())
-            }
-            None => self.load(linear, into),
-        }
-    }
-
-    /// Stores at the current privilege, to the soft TLB's page if it has it.
-    pub fn quick_store(&mut self, linear: u64, from: &[u8]) -> Result<(), Fault> {
-        match self.tlb_hit(linear, from.len(), Access::Write) {
-            Some(host) => {
-                // SAFETY: as above; a tag for stores promises that the page is writable and holds no code.
-                unsafe { host.copy_from(from.as_ptr(), from.len()) };
-                Ok(())
-            }
-            None => self.store(linear, from),
-        }
-    }
-
     /// Reads up to 8 bytes at a linear address.
     pub fn load_sized(&mut self, linear: u64, size: usize) -> Result<u64, Fault> {
         let mut bytes = [0; 8];
         if let Some(part) = bytes.get_mut(..size) {
-            self.quick_load(linear, part)?;
+            self.load(linear, part)?;
         }
         Ok(u64::from_le_bytes(bytes))
     }
 
     /// Writes up to 8 bytes at a linear address.
     pub fn store_sized(&mut self, linear: u64, value: u64, size: usize) -> Result<(), Fault> {
-        self.quick_store(linear, value.to_le_bytes().get(..size).unwrap_or(&[]))
+        self.store(linear, value.to_le_bytes().get(..size).unwrap_or(&[]))
     }
 
     /// Reads operand `op`: a register, an immediate or memory of the size the instruction says.
@@ -225,13 +212,20 @@ impl Exec<'_> {
         } else {
             0xffff
         };
-        Stack { pointer: self.cpu.gpr[RSP] & mask, mask }
+        Stack {
+            pointer: self.cpu.gpr[RSP] & mask,
+            mask,
+        }
     }
 
     /// Moves the stack pointer.
     pub fn set_stack(&mut self, stack: Stack) {
         let rsp = &mut self.cpu.gpr[RSP];
-        *rsp = if stack.mask == 0xffff { *rsp & !0xffff } else { 0 } | stack.pointer & stack.mask;
+        *rsp = if stack.mask == 0xffff {
+            *rsp & !0xffff
+        } else {
+            0
+        } | stack.pointer & stack.mask;
     }
 
     /// Pushes `size` bytes.
@@ -244,7 +238,12 @@ impl Exec<'_> {
     }
 
     /// Pushes several values, the first one first, so that either all or none are written.
-    pub fn push_all_or_none(&mut self, stack: &mut Stack, values: &[u64], size: usize) -> Result<(), Fault> {
+    pub fn push_all_or_none(
+        &mut self,
+        stack: &mut Stack,
+        values: &[u64],
+        size: usize,
+    ) -> Result<(), Fault> {
         let mut check = *stack;
         for _ in values {
             check.pointer = check.pointer.wrapping_sub(size as u64) & check.mask;
@@ -258,12 +257,21 @@ impl Exec<'_> {
     }
 
     /// Pops `N` values of `size` bytes, with one access where they lie in a row.
-    pub fn pop_many<const N: usize>(&mut self, stack: &mut Stack, size: usize) -> Result<[u64; N], Fault> {
+    pub fn pop_many<const N: usize>(
+        &mut self,
+        stack: &mut Stack,
+        size: usize,
+    ) -> Result<[u64; N], Fault> {
         let mut values = [0; N];
         let mut bytes = [0; 64];
         let total = N * size;
-        let in_a_row = stack.pointer.checked_add(total as u64).is_some_and(|end| end <= stack.mask);
-        let frame = bytes.get_mut(..total).filter(|_| in_a_row && self.cpu.code_64());
+        let in_a_row = stack
+            .pointer
+            .checked_add(total as u64)
+            .is_some_and(|end| end <= stack.mask);
+        let frame = bytes
+            .get_mut(..total)
+            .filter(|_| in_a_row && self.cpu.code_64());
         let Some(frame) = frame else {
             for value in &mut values {
                 *value = self.pop(stack, size)?;
@@ -271,7 +279,7 @@ impl Exec<'_> {
             return Ok(values);
         };
         let linear = self.linear(SS, stack.pointer, total, Access::Read)?;
-        self.quick_load(linear, frame)?;
+        self.load(linear, frame)?;
         for (value, slot) in values.iter_mut().zip(frame.chunks_exact(size)) {
             let mut word = [0; 8];
             if let Some(part) = word.get_mut(..size) {
@@ -295,7 +303,11 @@ impl Exec<'_> {
 /// One lane of a vector, zero-extended; `size` 4 or 8 bytes.
 pub fn vector_lane(vector: &Ymm, lane: usize, size: usize) -> u64 {
     let word = vector.get(lane * size / 8).copied().unwrap_or(0);
-    if size == 8 { word } else { word >> (lane % 2 * 32) & 0xffff_ffff }
+    if size == 8 {
+        word
+    } else {
+        word >> (lane % 2 * 32) & 0xffff_ffff
+    }
 }
 
 /// Replaces one lane of a vector.

@@ -35,7 +35,11 @@ const HYPERCALL_FORBIDDEN: i64 = -1;
 impl Exec<'_> {
     /// VMCALL and VMMCALL: the paravirtual leaves name KVM, whose hypercalls exist but of which none is offered.
     pub(super) fn hypercall(&mut self) -> Result<Flow, Fault> {
-        let answer = if self.cpu.cpl() == 0 { HYPERCALL_UNKNOWN } else { HYPERCALL_FORBIDDEN };
+        let answer = if self.cpu.cpl() == 0 {
+            HYPERCALL_UNKNOWN
+        } else {
+            HYPERCALL_FORBIDDEN
+        };
         let size = if self.cpu.code_64() { 8 } else { 4 };
         self.set_reg(0, answer as u64, size);
         Ok(Flow::Next)
@@ -49,7 +53,11 @@ impl Exec<'_> {
             return;
         }
         let now_ns = self.read_clock();
-        let tsc = self.env.clock.ns_to_tsc(now_ns).wrapping_add(self.cpu.tsc_offset);
+        let tsc = self
+            .env
+            .clock
+            .ns_to_tsc(now_ns)
+            .wrapping_add(self.cpu.tsc_offset);
         let (factor, shift) = scale(self.env.clock.tsc_hz());
         let mut body = [0; 28];
         let fields = [
@@ -79,9 +87,13 @@ impl Exec<'_> {
     /// Writes a structure that starts with a version, which is odd while the rest changes. An address outside of RAM
     /// is the guest's own fault and has no effect.
     fn publish(&mut self, gpa: u64, body: &[u8]) {
-        let Some(at) = Gpa(gpa).checked_add(4) else { return };
+        let Some(at) = Gpa(gpa).checked_add(4) else {
+            return;
+        };
         let memory = &self.env.memory;
-        let Ok(version) = memory.read_u32(Gpa(gpa)) else { return };
+        let Ok(version) = memory.read_u32(Gpa(gpa)) else {
+            return;
+        };
         let odd = version | 1;
         let _ = memory.write_u32(Gpa(gpa), odd);
         let _ = memory.write(at, body);
@@ -95,11 +107,23 @@ mod tests {
 
     #[test]
     fn ticks_become_nanoseconds() {
-        for hz in [1_000_000, 999_999_999, 1_000_000_000, 1_000_000_001, 2_595_123_456, 5_000_000_000, 24_000_000_000] {
+        for hz in [
+            1_000_000,
+            999_999_999,
+            1_000_000_000,
+            1_000_000_001,
+            2_595_123_456,
+            5_000_000_000,
+            24_000_000_000,
+        ] {
             let (factor, shift) = scale(hz);
             assert!(factor >= 1 << 31, "{hz}");
             let ticks = u128::from(hz) * 100;
-            let shifted = if shift < 0 { ticks >> -shift } else { ticks << shift };
+            let shifted = if shift < 0 {
+                ticks >> -shift
+            } else {
+                ticks << shift
+            };
             let ns = (shifted * u128::from(factor)) >> 32;
             assert!(ns.abs_diff(100_000_000_000) < 100, "{hz}: {ns}");
         }

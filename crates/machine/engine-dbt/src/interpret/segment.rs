@@ -21,12 +21,20 @@ pub mod system {
 
 /// #NP(selector).
 pub fn not_present(error: u32) -> Fault {
-    Fault { vector: 11, error: Some(error), cr2: 0 }
+    Fault {
+        vector: 11,
+        error: Some(error),
+        cr2: 0,
+    }
 }
 
 /// #TS(selector).
 pub fn invalid_tss(error: u32) -> Fault {
-    Fault { vector: 10, error: Some(error), cr2: 0 }
+    Fault {
+        vector: 10,
+        error: Some(error),
+        cr2: 0,
+    }
 }
 
 /// Error code that names a selector.
@@ -84,27 +92,46 @@ impl Descriptor {
     }
     pub fn limit(&self) -> u32 {
         let limit = (self.raw & 0xffff | self.raw >> 32 & 0xf_0000) as u32;
-        if self.attributes() & 0x8000 != 0 { limit << 12 | 0xfff } else { limit }
+        if self.attributes() & 0x8000 != 0 {
+            limit << 12 | 0xfff
+        } else {
+            limit
+        }
     }
     /// The register's value after loading it with `selector`.
     pub fn segment(&self, selector: u16) -> Segment {
-        Segment { selector, base: self.base(), limit: self.limit(), attributes: self.attributes() }
+        Segment {
+            selector,
+            base: self.base(),
+            limit: self.limit(),
+            attributes: self.attributes(),
+        }
     }
     /// Offset and selector of a gate.
     pub fn gate_target(&self) -> (u16, u64) {
-        let offset = self.raw & 0xffff | self.raw >> 32 & 0xffff_0000 | (self.high & 0xffff_ffff) << 32;
+        let offset =
+            self.raw & 0xffff | self.raw >> 32 & 0xffff_0000 | (self.high & 0xffff_ffff) << 32;
         ((self.raw >> 16) as u16, offset)
     }
 }
 
 /// A segment register that holds nothing.
 pub fn null_segment(selector: u16) -> Segment {
-    Segment { selector, base: 0, limit: 0, attributes: 0 }
+    Segment {
+        selector,
+        base: 0,
+        limit: 0,
+        attributes: 0,
+    }
 }
 
 impl Exec<'_> {
     /// Reads the descriptor a selector names. `fault` makes the fault for a selector beyond its table.
-    pub fn descriptor(&mut self, selector: u16, fault: fn(u32) -> Fault) -> Result<Descriptor, Fault> {
+    pub fn descriptor(
+        &mut self,
+        selector: u16,
+        fault: fn(u32) -> Fault,
+    ) -> Result<Descriptor, Fault> {
         let error = selector_error(selector);
         let (base, limit) = if selector & 4 == 0 {
             (self.cpu.gdtr.base, u32::from(self.cpu.gdtr.limit))
@@ -120,7 +147,11 @@ impl Exec<'_> {
         let address = self.table_address(base, u64::from(offset));
         let mut bytes = [0; 8];
         self.load_system(address, &mut bytes)?;
-        let mut descriptor = Descriptor { raw: u64::from_le_bytes(bytes), high: 0, address };
+        let mut descriptor = Descriptor {
+            raw: u64::from_le_bytes(bytes),
+            high: 0,
+            address,
+        };
         if self.cpu.long_mode() && descriptor.is_system() && descriptor.kind() != 0 {
             if offset + 15 > limit {
                 return Err(fault(error));
@@ -134,7 +165,11 @@ impl Exec<'_> {
     /// Linear address of a byte in a system table: 32 bits outside of long mode.
     pub fn table_address(&self, base: u64, offset: u64) -> u64 {
         let address = base.wrapping_add(offset);
-        if self.cpu.long_mode() { address } else { address & 0xffff_ffff }
+        if self.cpu.long_mode() {
+            address
+        } else {
+            address & 0xffff_ffff
+        }
     }
 
     /// Sets the accessed bit of a code or data descriptor in memory.
@@ -156,14 +191,28 @@ impl Exec<'_> {
     pub fn real_segment(&self, index: usize, selector: u16) -> Segment {
         let base = u64::from(selector) << 4;
         if self.is_virtual_8086() {
-            return Segment { selector, base, limit: 0xffff, attributes: 0xf3 };
+            return Segment {
+                selector,
+                base,
+                limit: 0xffff,
+                attributes: 0xf3,
+            };
         }
         let old = self.cpu.segments.get(index).copied().unwrap_or_default();
         // The hidden limit stays, which is what "unreal" mode lives on; what was unusable becomes usable.
         if old.present() {
-            Segment { selector, base, ..old }
+            Segment {
+                selector,
+                base,
+                ..old
+            }
         } else {
-            Segment { selector, base, limit: 0xffff, attributes: 0x93 }
+            Segment {
+                selector,
+                base,
+                limit: 0xffff,
+                attributes: 0x93,
+            }
         }
     }
 
@@ -205,7 +254,11 @@ impl Exec<'_> {
         let error = selector_error(selector);
         let rpl = (selector & 3) as u8;
         if error == 0 {
-            return if long && cpl < 3 && rpl == cpl { Ok(null_segment(selector)) } else { Err(fault(0)) };
+            return if long && cpl < 3 && rpl == cpl {
+                Ok(null_segment(selector))
+            } else {
+                Err(fault(0))
+            };
         }
         let mut descriptor = self.descriptor(selector, fault)?;
         if rpl != cpl || !descriptor.is_writable_data() || descriptor.dpl() != cpl {
@@ -258,7 +311,12 @@ impl Exec<'_> {
     }
 
     /// Writes a selector: zero-extended to a register, 16 bits to memory whatever the operand size.
-    pub(super) fn write_selector(&mut self, instr: &Instruction, op: u32, value: u64) -> Result<(), Fault> {
+    pub(super) fn write_selector(
+        &mut self,
+        instr: &Instruction,
+        op: u32,
+        value: u64,
+    ) -> Result<(), Fault> {
         if instr.op_kind(op) == iced_x86::OpKind::Register {
             self.set_named(instr.op_register(op), value);
             return Ok(());
@@ -327,18 +385,28 @@ impl Exec<'_> {
     /// Clears the data segment registers that privilege `cpl` may not use, on the way out to it.
     pub fn drop_privileged_segments(&mut self, cpl: u8) {
         for index in [0, 3, 4, 5] {
-            let Some(&segment) = self.cpu.segments.get(index) else { continue };
+            let Some(&segment) = self.cpu.segments.get(index) else {
+                continue;
+            };
             let data_or_nonconforming = segment.attributes & 0x1c != 0x1c;
-            if !segment.null() && segment.present() && data_or_nonconforming && segment.dpl() < cpl {
+            if !segment.null() && segment.present() && data_or_nonconforming && segment.dpl() < cpl
+            {
                 // Processors leave the base, which FS and GS still have in 64-bit mode.
-                self.cpu.set_segment(index, Segment { base: segment.base, ..null_segment(0) });
+                self.cpu.set_segment(
+                    index,
+                    Segment {
+                        base: segment.base,
+                        ..null_segment(0)
+                    },
+                );
             }
         }
     }
 
     /// Sets CS and with it the privilege level.
     pub fn set_code_segment(&mut self, descriptor: &Descriptor, selector: u16, cpl: u8) {
-        self.cpu.set_segment(CS, descriptor.segment(selector & !3 | u16::from(cpl)));
+        self.cpu
+            .set_segment(CS, descriptor.segment(selector & !3 | u16::from(cpl)));
     }
 
     /// Checks that `offset` lies in a code segment about to be entered.
@@ -348,7 +416,11 @@ impl Exec<'_> {
         } else {
             offset <= u64::from(descriptor.limit())
         };
-        if inside { Ok(()) } else { Err(Fault::protection(0)) }
+        if inside {
+            Ok(())
+        } else {
+            Err(Fault::protection(0))
+        }
     }
 
     /// True while instructions may end in a debug trap.
@@ -360,7 +432,12 @@ impl Exec<'_> {
 /// Operand size of PUSH and POP of a segment register, from its encoding.
 fn push_size(instr: &Instruction) -> usize {
     match instr.code() {
-        Code::Pushw_FS | Code::Pushw_GS | Code::Pushw_CS | Code::Pushw_DS | Code::Pushw_ES | Code::Pushw_SS => 2,
+        Code::Pushw_FS
+        | Code::Pushw_GS
+        | Code::Pushw_CS
+        | Code::Pushw_DS
+        | Code::Pushw_ES
+        | Code::Pushw_SS => 2,
         Code::Popw_FS | Code::Popw_GS | Code::Popw_DS | Code::Popw_ES | Code::Popw_SS => 2,
         Code::Pushq_FS | Code::Pushq_GS | Code::Popq_FS | Code::Popq_GS => 8,
         _ => 4,

@@ -46,7 +46,11 @@ impl Exec<'_> {
         let found = self.visible(selector)?.filter(|d| known(d, long));
         self.set_zero_flag(found.is_some());
         if let Some(descriptor) = found {
-            let value = if limit { u64::from(descriptor.limit()) } else { descriptor.raw >> 32 & 0x00f0_ff00 };
+            let value = if limit {
+                u64::from(descriptor.limit())
+            } else {
+                descriptor.raw >> 32 & 0x00f0_ff00
+            };
             self.set_named(instr.op0_register(), value);
         }
         Ok(Flow::Next)
@@ -58,7 +62,13 @@ impl Exec<'_> {
         }
         let selector = self.read_selector(instr, 0)?;
         let write = instr.mnemonic() == Mnemonic::Verw;
-        let allowed = |d: &Descriptor| if write { d.is_writable_data() } else { d.is_readable() };
+        let allowed = |d: &Descriptor| {
+            if write {
+                d.is_writable_data()
+            } else {
+                d.is_readable()
+            }
+        };
         let ok = self.visible(selector)?.is_some_and(|d| allowed(&d));
         self.set_zero_flag(ok);
         Ok(Flow::Next)

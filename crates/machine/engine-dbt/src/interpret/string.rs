@@ -88,7 +88,14 @@ impl StringOp {
             _ if instr.code_size() == CodeSize::Code64 => Register::DS,
             segment => segment,
         };
-        Some(StringOp { operation, repeat, size, address_size, segment: segment.number(), down })
+        Some(StringOp {
+            operation,
+            repeat,
+            size,
+            address_size,
+            segment: segment.number(),
+            down,
+        })
     }
 
     pub fn address_mask(&self) -> u64 {
@@ -96,7 +103,10 @@ impl StringOp {
     }
 
     fn uses_source(&self) -> bool {
-        matches!(self.operation, Operation::Move | Operation::Load | Operation::Compare | Operation::Out)
+        matches!(
+            self.operation,
+            Operation::Move | Operation::Load | Operation::Compare | Operation::Out
+        )
     }
 
     fn uses_destination(&self) -> bool {
@@ -116,7 +126,9 @@ pub struct Run {
 impl Exec<'_> {
     pub(super) fn string_instruction(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
         let down = self.cpu.system_flags & flags::DF != 0;
-        let Some(op) = StringOp::new(instr, down) else { return Err(Fault::UNDEFINED) };
+        let Some(op) = StringOp::new(instr, down) else {
+            return Err(Fault::UNDEFINED);
+        };
         if matches!(op.operation, Operation::In | Operation::Out) {
             self.check_port(self.reg(RDX) as u16, op.size)?;
         }
@@ -125,7 +137,11 @@ impl Exec<'_> {
             self.advance(&op, 1);
             return Ok(Flow::Next);
         }
-        let mut budget = if self.trap_flag() { 1 } else { (WORK_BYTES / op.size) as u64 };
+        let mut budget = if self.trap_flag() {
+            1
+        } else {
+            (WORK_BYTES / op.size) as u64
+        };
         loop {
             let count = self.reg(RCX) & op.address_mask();
             if count == 0 {
@@ -138,7 +154,10 @@ impl Exec<'_> {
             let mut run = self.string_run(&op, most)?;
             let mut cost = run.done;
             if run.done == 0 {
-                run = Run { done: 1, stop: self.string_element(&op)? };
+                run = Run {
+                    done: 1,
+                    stop: self.string_element(&op)?,
+                };
                 cost = ELEMENT_COST;
             }
             self.advance(&op, run.done);
@@ -172,9 +191,19 @@ impl Exec<'_> {
         }
     }
 
-    fn string_address(&self, op: &StringOp, destination: bool, access: Access) -> Result<u64, Fault> {
+    fn string_address(
+        &self,
+        op: &StringOp,
+        destination: bool,
+        access: Access,
+    ) -> Result<u64, Fault> {
         let segment = if destination { ES } else { op.segment };
-        self.linear(segment, self.string_offset(op, destination), op.size, access)
+        self.linear(
+            segment,
+            self.string_offset(op, destination),
+            op.size,
+            access,
+        )
     }
 
     /// One element. The answer is whether a comparison ends the repetition.

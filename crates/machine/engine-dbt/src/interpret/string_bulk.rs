@@ -17,30 +17,55 @@ struct Window {
 impl Exec<'_> {
     /// Does up to `most` elements at once. None done: the next element needs the general path.
     pub(super) fn string_run(&mut self, op: &StringOp, most: u64) -> Result<Run, Fault> {
-        const NONE: Run = Run { done: 0, stop: false };
+        const NONE: Run = Run {
+            done: 0,
+            stop: false,
+        };
         let scans = matches!(op.operation, Operation::Compare | Operation::Scan);
         match op.operation {
             Operation::Move | Operation::Compare => {
-                let Some(from) = self.window(op, false, Access::Read)? else { return Ok(NONE) };
+                let Some(from) = self.window(op, false, Access::Read)? else {
+                    return Ok(NONE);
+                };
                 let access = if scans { Access::Read } else { Access::Write };
-                let Some(to) = self.window(op, true, access)? else { return Ok(NONE) };
+                let Some(to) = self.window(op, true, access)? else {
+                    return Ok(NONE);
+                };
                 let count = most.min(from.elements).min(to.elements);
                 if scans {
                     return Ok(self.compare_run(op, Some(from), to, count));
                 }
                 // SAFETY: both windows hold `count` elements in the direction of `op.down`.
                 unsafe { copy_elements(from.at, to.at, count as usize, op.size, op.down) };
-                Ok(Run { done: count, stop: false })
+                Ok(Run {
+                    done: count,
+                    stop: false,
+                })
             }
             Operation::Store => {
-                let Some(to) = self.window(op, true, Access::Write)? else { return Ok(NONE) };
+                let Some(to) = self.window(op, true, Access::Write)? else {
+                    return Ok(NONE);
+                };
                 let count = most.min(to.elements);
                 // SAFETY: the window holds `count` elements in the direction of `op.down`.
-                unsafe { fill_elements(to.at, self.string_accumulator(op), count as usize, op.size, op.down) };
-                Ok(Run { done: count, stop: false })
+                unsafe {
+                    fill_elements(
+                        to.at,
+                        self.string_accumulator(op),
+                        count as usize,
+                        op.size,
+                        op.down,
+                    )
+                };
+                Ok(Run {
+                    done: count,
+                    stop: false,
+                })
             }
             Operation::Scan => {
-                let Some(to) = self.window(op, true, Access::Read)? else { return Ok(NONE) };
+                let Some(to) = self.window(op, true, Access::Read)? else {
+                    return Ok(NONE);
+                };
                 Ok(self.compare_run(op, None, to, most.min(to.elements)))
             }
             Operation::Load | Operation::In | Operation::Out => Ok(NONE),
@@ -49,7 +74,12 @@ impl Exec<'_> {
 
     /// The current element and those after it in its page, if they are plain RAM. A fault of the current one is a
     /// fault; one further on is met when its turn comes.
-    fn window(&mut self, op: &StringOp, destination: bool, access: Access) -> Result<Option<Window>, Fault> {
+    fn window(
+        &mut self,
+        op: &StringOp,
+        destination: bool,
+        access: Access,
+    ) -> Result<Option<Window>, Fault> {
         let segment = if destination { 0 } else { op.segment };
         let offset = self.string_offset(op, destination);
         let size = op.size as u64;
@@ -58,13 +88,27 @@ impl Exec<'_> {
         if in_page + size > 0x1000 {
             return Ok(None);
         }
-        let Some((at, _)) = self.quick_window(linear, access)? else { return Ok(None) };
-        let mut elements = if op.down { in_page / size + 1 } else { (0x1000 - in_page) / size };
+        let Some((at, _)) = self.ram_window(linear, access)? else {
+            return Ok(None);
+        };
+        let mut elements = if op.down {
+            in_page / size + 1
+        } else {
+            (0x1000 - in_page) / size
+        };
         // Not around the end of the address size.
-        elements = elements.min(if op.down { offset / size + 1 } else { (op.address_mask() - offset) / size + 1 });
+        elements = elements.min(if op.down {
+            offset / size + 1
+        } else {
+            (op.address_mask() - offset) / size + 1
+        });
         if !self.cpu.code_64() {
             let distance = (elements - 1) * size;
-            let last = if op.down { offset - distance } else { offset + distance };
+            let last = if op.down {
+                offset - distance
+            } else {
+                offset + distance
+            };
             if self.linear(segment, last, op.size, access).is_err() {
                 elements = 1;
             }
@@ -146,7 +190,11 @@ unsafe fn copy_elements(from: *const u8, to: *mut u8, count: usize, size: usize,
 /// # Safety
 /// `to` is at an element with `count - 1` further mapped ones in the direction of `down`.
 unsafe fn fill_elements(to: *mut u8, value: u64, count: usize, size: usize, down: bool) {
-    let first = if down { element_offset(count - 1, size, true) } else { 0 };
+    let first = if down {
+        element_offset(count - 1, size, true)
+    } else {
+        0
+    };
     let pattern = value & size_mask(size);
     let uniform = (pattern & 0xff) * (size_mask(size) / 0xff) == pattern;
     // SAFETY: the caller's promise.

@@ -15,12 +15,22 @@ const SYSRET_FLAGS: u64 = flags::ARITH | flags::IF | (flags::SYSTEM & !(flags::R
 /// A flat code segment.
 fn flat_code(selector: u16, dpl: u16, long: bool) -> Segment {
     let size = if long { 0x2000 } else { 0x4000 };
-    Segment { selector, base: 0, limit: u32::MAX, attributes: 0x809b | dpl << 5 | size }
+    Segment {
+        selector,
+        base: 0,
+        limit: u32::MAX,
+        attributes: 0x809b | dpl << 5 | size,
+    }
 }
 
 /// A flat stack segment.
 fn flat_stack(selector: u16, dpl: u16) -> Segment {
-    Segment { selector, base: 0, limit: u32::MAX, attributes: 0xc093 | dpl << 5 }
+    Segment {
+        selector,
+        base: 0,
+        limit: u32::MAX,
+        attributes: 0xc093 | dpl << 5,
+    }
 }
 
 impl Exec<'_> {
@@ -35,8 +45,10 @@ impl Exec<'_> {
         self.cpu.set_rflags(image & !self.cpu.sfmask);
         self.cpu.system_flags &= !(flags::RF | flags::VM);
         let selector = (self.cpu.star >> 32) as u16;
-        self.cpu.set_segment(CS, flat_code(selector & 0xfffc, 0, true));
-        self.cpu.set_segment(SS, flat_stack((selector & 0xfffc).wrapping_add(8), 0));
+        self.cpu
+            .set_segment(CS, flat_code(selector & 0xfffc, 0, true));
+        self.cpu
+            .set_segment(SS, flat_stack((selector & 0xfffc).wrapping_add(8), 0));
         self.cpu.rip = self.cpu.lstar;
         self.cpu.debug.step = self.trap_flag_set();
         Ok(Flow::Jumped)
@@ -57,7 +69,8 @@ impl Exec<'_> {
         self.cpu.set_rflags(self.cpu.gpr[11] & SYSRET_FLAGS);
         let code = if to_64 { base.wrapping_add(16) } else { base };
         self.cpu.set_segment(CS, flat_code(code | 3, 3, to_64));
-        self.cpu.set_segment(SS, flat_stack(base.wrapping_add(8) | 3, 3));
+        self.cpu
+            .set_segment(SS, flat_stack(base.wrapping_add(8) | 3, 3));
         self.cpu.debug.step = self.trap_flag_set();
         Ok(Flow::Jumped)
     }
@@ -79,7 +92,8 @@ impl Exec<'_> {
         self.cpu.gpr[RSP] = self.cpu.sysenter_esp & width;
         self.cpu.rip = self.cpu.sysenter_eip & width;
         self.cpu.set_segment(CS, flat_code(selector, 0, long));
-        self.cpu.set_segment(SS, flat_stack(selector.wrapping_add(8), 0));
+        self.cpu
+            .set_segment(SS, flat_stack(selector.wrapping_add(8), 0));
         Ok(Flow::Jumped)
     }
 
@@ -97,8 +111,10 @@ impl Exec<'_> {
         let (code, stack) = if to_64 { (32, 40) } else { (16, 24) };
         self.cpu.gpr[RSP] = rsp & width;
         self.cpu.rip = rip & width;
-        self.cpu.set_segment(CS, flat_code(base.wrapping_add(code) | 3, 3, to_64));
-        self.cpu.set_segment(SS, flat_stack(base.wrapping_add(stack) | 3, 3));
+        self.cpu
+            .set_segment(CS, flat_code(base.wrapping_add(code) | 3, 3, to_64));
+        self.cpu
+            .set_segment(SS, flat_stack(base.wrapping_add(stack) | 3, 3));
         Ok(Flow::Jumped)
     }
 
@@ -119,7 +135,11 @@ impl Exec<'_> {
             return Err(Fault::UNDEFINED);
         }
         let register = instr.op0_register();
-        let index = if matches!(instr.mnemonic(), Mnemonic::Rdfsbase | Mnemonic::Wrfsbase) { 4 } else { 5 };
+        let index = if matches!(instr.mnemonic(), Mnemonic::Rdfsbase | Mnemonic::Wrfsbase) {
+            4
+        } else {
+            5
+        };
         if matches!(instr.mnemonic(), Mnemonic::Rdfsbase | Mnemonic::Rdgsbase) {
             let base = self.cpu.segments.get(index).map_or(0, |s| s.base);
             self.set_named(register, base);

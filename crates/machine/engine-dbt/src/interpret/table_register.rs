@@ -16,7 +16,10 @@ impl Exec<'_> {
         let limit = self.load_u16(limit_at)?;
         let base_at = self.address_at(instr, 0, 2, size, Access::Read)?;
         let mut base = self.load_sized(base_at, size)?;
-        if matches!(instr.code(), iced_x86::Code::Lgdt_m1632_16 | iced_x86::Code::Lidt_m1632_16) {
+        if matches!(
+            instr.code(),
+            iced_x86::Code::Lgdt_m1632_16 | iced_x86::Code::Lidt_m1632_16
+        ) {
             base &= 0xff_ffff;
         }
         if !canonical(base) {
@@ -33,7 +36,11 @@ impl Exec<'_> {
 
     pub(super) fn store_table(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
         self.check_umip()?;
-        let table = if instr.mnemonic() == Mnemonic::Sgdt { self.cpu.gdtr } else { self.cpu.idtr };
+        let table = if instr.mnemonic() == Mnemonic::Sgdt {
+            self.cpu.gdtr
+        } else {
+            self.cpu.idtr
+        };
         let size = if self.cpu.code_64() { 8 } else { 4 };
         let linear = self.address(instr, 0, 2 + size, Access::Write)?;
         let mut bytes = [0; 10];
@@ -72,7 +79,8 @@ impl Exec<'_> {
         self.cpu.ldtr = if selector_error(selector) == 0 {
             null_segment(selector)
         } else {
-            self.system_descriptor(selector, &[system::LDT])?.segment(selector)
+            self.system_descriptor(selector, &[system::LDT])?
+                .segment(selector)
         };
         Ok(Flow::Next)
     }
@@ -86,7 +94,11 @@ impl Exec<'_> {
         if selector_error(selector) == 0 {
             return Err(Fault::protection(0));
         }
-        let kinds = if self.cpu.long_mode() { &[system::TSS][..] } else { &[system::TSS, system::TSS_16] };
+        let kinds = if self.cpu.long_mode() {
+            &[system::TSS][..]
+        } else {
+            &[system::TSS, system::TSS_16]
+        };
         let mut descriptor = self.system_descriptor(selector, kinds)?;
         self.mark_type(&mut descriptor, system::BUSY as u8)?;
         self.cpu.tr = descriptor.segment(selector);
@@ -99,7 +111,11 @@ impl Exec<'_> {
             return Err(Fault::UNDEFINED);
         }
         self.check_umip()?;
-        let segment = if instr.mnemonic() == Mnemonic::Sldt { self.cpu.ldtr } else { self.cpu.tr };
+        let segment = if instr.mnemonic() == Mnemonic::Sldt {
+            self.cpu.ldtr
+        } else {
+            self.cpu.tr
+        };
         self.write_selector(instr, 0, segment.selector.into())?;
         Ok(Flow::Next)
     }

@@ -24,8 +24,15 @@ impl Exec<'_> {
         let emulated = self.cpu.cr0 & control::CR0_EM != 0;
         let switched = self.cpu.cr0 & control::CR0_TS != 0;
         let features = instr.code().cpuid_features();
-        if features.iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387)) {
-            return if emulated || switched { Err(Fault::NO_DEVICE) } else { Ok(()) };
+        if features
+            .iter()
+            .any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387))
+        {
+            return if emulated || switched {
+                Err(Fault::NO_DEVICE)
+            } else {
+                Ok(())
+            };
         }
         let refused = if instr.code().encoding() == EncodingKind::VEX {
             let enabled = self.cpu.cr4 & control::CR4_OSXSAVE != 0 && self.cpu.xcr0 & 6 == 6;
@@ -75,7 +82,11 @@ impl Exec<'_> {
     /// #MF if an unmasked exception waits, as every x87 instruction that is not an FN form.
     fn check_pending(&mut self) -> Result<(), Fault> {
         let image = self.x87_image();
-        if status_word(&image) & SUMMARY & 0x80 != 0 { Err(Fault::plain(16)) } else { Ok(()) }
+        if status_word(&image) & SUMMARY & 0x80 != 0 {
+            Err(Fault::plain(16))
+        } else {
+            Ok(())
+        }
     }
 
     pub(super) fn fldenv(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
@@ -104,7 +115,11 @@ impl Exec<'_> {
         let mut image = initial_image();
         load_environment(&mut image, &bytes, wide);
         for i in 0..8 {
-            put(&mut image, REGISTERS_AT + i * 16, &get::<10>(&bytes, head + i * 10));
+            put(
+                &mut image,
+                REGISTERS_AT + i * 16,
+                &get::<10>(&bytes, head + i * 10),
+            );
         }
         self.set_x87_image(&image);
         Ok(Flow::Next)
@@ -151,7 +166,11 @@ fn update_summary(image: &mut Image) {
 fn physical_registers(image: &Image) -> [u8; 128] {
     let mut out = [0; 128];
     for i in 0..8 {
-        put(&mut out, (i + top(image)) % 8 * 16, &get::<16>(image, REGISTERS_AT + i * 16));
+        put(
+            &mut out,
+            (i + top(image)) % 8 * 16,
+            &get::<16>(image, REGISTERS_AT + i * 16),
+        );
     }
     out
 }
@@ -159,7 +178,11 @@ fn physical_registers(image: &Image) -> [u8; 128] {
 fn put_physical_registers(image: &mut Image, registers: &[u8; 128]) {
     let top = top(image);
     for i in 0..8 {
-        put(image, REGISTERS_AT + i * 16, &get::<16>(registers, (i + top) % 8 * 16));
+        put(
+            image,
+            REGISTERS_AT + i * 16,
+            &get::<16>(registers, (i + top) % 8 * 16),
+        );
     }
 }
 
@@ -183,12 +206,21 @@ fn full_tags(image: &Image) -> u16 {
 
 /// The environment as FNSTENV stores it, 28 or 14 bytes; pointers are zero.
 fn environment(image: &Image, wide: bool) -> Vec<u8> {
-    let words = [control_word(image), status_word(image), full_tags(image), 0, 0, 0, 0];
+    let words = [
+        control_word(image),
+        status_word(image),
+        full_tags(image),
+        0,
+        0,
+        0,
+        0,
+    ];
     // Upper halves of the wide form are ones where a 16-bit register stands alone.
     let upper = [0xffff, 0xffff, 0xffff, 0, 0, 0, 0xffffu16];
     let both = words.iter().zip(upper);
     if wide {
-        both.flat_map(|(&low, high)| (u32::from(high) << 16 | u32::from(low)).to_le_bytes()).collect()
+        both.flat_map(|(&low, high)| (u32::from(high) << 16 | u32::from(low)).to_le_bytes())
+            .collect()
     } else {
         both.flat_map(|(low, _)| low.to_le_bytes()).collect()
     }
@@ -201,7 +233,9 @@ fn load_environment(image: &mut Image, bytes: &[u8], wide: bool) {
     // Bit 6 of the control word is always set, the others above 12 and 7 never.
     put(image, 0, &(control & 0x1f3f | 0x40).to_le_bytes());
     put(image, 2, &status.to_le_bytes());
-    let in_use = (0..8).filter(|i| tags >> (i * 2) & 3 != 3).fold(0u8, |set, i| set | 1 << i);
+    let in_use = (0..8)
+        .filter(|i| tags >> (i * 2) & 3 != 3)
+        .fold(0u8, |set, i| set | 1 << i);
     put(image, 4, &[in_use]);
     update_summary(image);
 }

@@ -51,7 +51,10 @@ pub fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
 
 /// `N` bytes at `at` of an image.
 pub fn get<const N: usize>(image: &[u8], at: usize) -> [u8; N] {
-    image.get(at..at + N).and_then(|part| part.try_into().ok()).unwrap_or([0; N])
+    image
+        .get(at..at + N)
+        .and_then(|part| part.try_into().ok())
+        .unwrap_or([0; N])
 }
 
 /// A save area in guest memory: direct when it lies in one page of RAM.
@@ -132,14 +135,21 @@ impl Exec<'_> {
     fn in_use(&self, image: &Image) -> u64 {
         let initial = initial_image();
         let x87 = image.get(..MXCSR_AT) != initial.get(..MXCSR_AT)
-            || image.get(REGISTERS_AT..XMM_AT).is_some_and(|registers| registers.iter().any(|&b| b != 0));
-        let sse = self.cpu.mxcsr != MXCSR_INIT || self.cpu.ymm.0.iter().any(|[a, b, ..]| a | b != 0);
+            || image
+                .get(REGISTERS_AT..XMM_AT)
+                .is_some_and(|registers| registers.iter().any(|&b| b != 0));
+        let sse =
+            self.cpu.mxcsr != MXCSR_INIT || self.cpu.ymm.0.iter().any(|[a, b, ..]| a | b != 0);
         let avx = self.cpu.ymm.0.iter().any(|[.., c, d]| c | d != 0);
-        [(x87, X87), (sse, SSE), (avx, AVX)].iter().filter(|(on, _)| *on).map(|(_, bit)| bit).sum()
+        [(x87, X87), (sse, SSE), (avx, AVX)]
+            .iter()
+            .filter(|(on, _)| *on)
+            .map(|(_, bit)| bit)
+            .sum()
     }
 
     fn area(&mut self, linear: u64, size: usize, access: Access) -> Result<Area, Fault> {
-        let first = self.quick_window(linear, access)?;
+        let first = self.ram_window(linear, access)?;
         let direct = first.filter(|(_, left)| *left >= size).map(|(at, _)| at);
         if direct.is_none() {
             self.probe(linear, size, access)?;
@@ -154,7 +164,7 @@ impl Exec<'_> {
                 unsafe { host.add(at as usize).copy_from(bytes.as_ptr(), bytes.len()) };
                 Ok(())
             }
-            None => self.quick_store(area.linear.wrapping_add(at), bytes),
+            None => self.store(area.linear.wrapping_add(at), bytes),
         }
     }
 
@@ -162,10 +172,13 @@ impl Exec<'_> {
         match area.direct {
             Some(host) => {
                 // SAFETY: as in `area_put`.
-                unsafe { host.add(at as usize).copy_to(bytes.as_mut_ptr(), bytes.len()) };
+                unsafe {
+                    host.add(at as usize)
+                        .copy_to(bytes.as_mut_ptr(), bytes.len())
+                };
                 Ok(())
             }
-            None => self.quick_load(area.linear.wrapping_add(at), bytes),
+            None => self.load(area.linear.wrapping_add(at), bytes),
         }
     }
 
@@ -175,7 +188,11 @@ impl Exec<'_> {
             return Err(Fault::NO_DEVICE);
         }
         let linear = self.address(instr, 0, 512, access)?;
-        if linear & 15 != 0 { Err(Fault::protection(0)) } else { Ok(linear) }
+        if linear & 15 != 0 {
+            Err(Fault::protection(0))
+        } else {
+            Ok(linear)
+        }
     }
 
     pub(super) fn fxsave(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
@@ -185,7 +202,12 @@ impl Exec<'_> {
         put(&mut image, MXCSR_AT + 4, &MXCSR_MASK.to_le_bytes());
         put(&mut image, XMM_AT, &self.vector_halves(false));
         // What lies beyond the registers is left as it was.
-        self.store(linear, image.get(..XMM_AT + self.vector_count() * 16).unwrap_or(&image))?;
+        self.store(
+            linear,
+            image
+                .get(..XMM_AT + self.vector_count() * 16)
+                .unwrap_or(&image),
+        )?;
         Ok(Flow::Next)
     }
 
@@ -214,7 +236,11 @@ impl Exec<'_> {
         let mask = self.cpu.gpr[2] << 32 | self.cpu.gpr[0] & size_mask(4);
         let requested = mask & self.cpu.xcr0;
         let linear = self.address(instr, 0, xsave_size(requested) as usize, access)?;
-        if linear & 63 != 0 { Err(Fault::protection(0)) } else { Ok((linear, requested)) }
+        if linear & 63 != 0 {
+            Err(Fault::protection(0))
+        } else {
+            Ok((linear, requested))
+        }
     }
 
     /// XSAVE, and XSAVEOPT, which leaves components in their initial state alone.
@@ -224,10 +250,18 @@ impl Exec<'_> {
         let area = self.area(linear, xsave_size(requested) as usize, Access::Write)?;
         let image = self.x87_image();
         let in_use = self.in_use(&image);
-        let wanted = if optimised { requested & in_use } else { requested };
+        let wanted = if optimised {
+            requested & in_use
+        } else {
+            requested
+        };
         if wanted & X87 != 0 {
             self.area_put(&area, 0, image.get(..MXCSR_AT).unwrap_or(&[]))?;
-            self.area_put(&area, REGISTERS_AT as u64, image.get(REGISTERS_AT..XMM_AT).unwrap_or(&[]))?;
+            self.area_put(
+                &area,
+                REGISTERS_AT as u64,
+                image.get(REGISTERS_AT..XMM_AT).unwrap_or(&[]),
+            )?;
         }
         if requested & (SSE | AVX) != 0 {
             let pair = u64::from(MXCSR_MASK) << 32 | u64::from(self.cpu.mxcsr);
@@ -236,7 +270,11 @@ impl Exec<'_> {
         for (component, at, high) in [(SSE, XMM_AT as u64, false), (AVX, YMM_AT, true)] {
             if wanted & component != 0 {
                 let halves = self.vector_halves(high);
-                self.area_put(&area, at, halves.get(..self.vector_count() * 16).unwrap_or(&halves))?;
+                self.area_put(
+                    &area,
+                    at,
+                    halves.get(..self.vector_count() * 16).unwrap_or(&halves),
+                )?;
             }
         }
         let mut present = [0; 8];
@@ -275,11 +313,17 @@ impl Exec<'_> {
             self.cpu.mxcsr = mxcsr;
         }
         if requested & SSE != 0 {
-            let xmm = bytes.get(XMM_AT..416).filter(|_| present & SSE != 0).unwrap_or(&[]);
+            let xmm = bytes
+                .get(XMM_AT..416)
+                .filter(|_| present & SSE != 0)
+                .unwrap_or(&[]);
             self.set_vector_halves(false, xmm);
         }
         if requested & AVX != 0 {
-            let ymm = bytes.get(YMM_AT as usize..).filter(|_| present & AVX != 0).unwrap_or(&[]);
+            let ymm = bytes
+                .get(YMM_AT as usize..)
+                .filter(|_| present & AVX != 0)
+                .unwrap_or(&[]);
             self.set_vector_halves(true, ymm);
         }
         Ok(Flow::Next)

@@ -10,7 +10,10 @@ use super::{CODE, STACK, TestMachine, flat};
 use crate::cpu::{Cpu, flags};
 use crate::env::Fault;
 
-fn code(bits: u32, build: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) -> Vec<u8> {
+fn code(
+    bits: u32,
+    build: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>,
+) -> Vec<u8> {
     let mut asm = CodeAssembler::new(bits).unwrap();
     build(&mut asm).unwrap();
     asm.assemble(if bits == 16 { 0 } else { CODE }).unwrap()
@@ -33,7 +36,10 @@ fn fault(program: &[u8], set_up: impl Fn(&mut TestMachine)) -> (Fault, u64) {
         set_up(&mut machine);
         machine.vcpu.stop_on_exception(true);
         machine.run(program);
-        (machine.vcpu.take_stopped().expect("no exception"), machine.vcpu.cpu().rip)
+        (
+            machine.vcpu.take_stopped().expect("no exception"),
+            machine.vcpu.cpu().rip,
+        )
     });
     assert_eq!(ends[0], ends[1]);
     std::mem::replace(&mut ends[0], (Fault::UNDEFINED, 0))
@@ -44,7 +50,15 @@ fn real_mode(cpu: &mut Cpu) {
     cpu.reset();
     for (index, base) in [(0, 0x5_0000), (1, CODE), (2, 0x7_0000), (3, 0x4_0000)] {
         let attributes = if index == 1 { 0x9b } else { 0x93 };
-        cpu.set_segment(index, Segment { selector: (base >> 4) as u16, base, limit: 0xffff, attributes });
+        cpu.set_segment(
+            index,
+            Segment {
+                selector: (base >> 4) as u16,
+                base,
+                limit: 0xffff,
+                attributes,
+            },
+        );
     }
     cpu.rip = 0;
     cpu.gpr[4] = 0xdead_0000;
@@ -97,7 +111,10 @@ fn real_mode_adds_bases_and_wraps_offsets() {
             assert_eq!(m.gpr(0) & 0xffff, 0x1234);
             assert_eq!(m.gpr(7) & 0xffff, 0x468a);
             // Bit 0x2345 lies 0x234 words further, 5 bits in.
-            assert_eq!(m.memory.read_u16(Gpa(0x4_0010 + 0x234 * 2)).unwrap(), 1 << 5);
+            assert_eq!(
+                m.memory.read_u16(Gpa(0x4_0010 + 0x234 * 2)).unwrap(),
+                1 << 5
+            );
             assert_eq!(m.gpr(4) >> 16, 0xdead, "the upper half of ESP stays");
         },
     );
@@ -149,7 +166,10 @@ fn segment_limits_hold() {
     });
     let limited = |m: &mut TestMachine| {
         protected_mode(m.vcpu.cpu_mut());
-        let data = Segment { limit: 0xfff, ..flat(16, 0x4093) };
+        let data = Segment {
+            limit: 0xfff,
+            ..flat(16, 0x4093)
+        };
         m.vcpu.cpu_mut().set_segment(3, data);
     };
     assert_eq!(fault(&program, limited), (Fault::protection(0), CODE + 5));
@@ -162,7 +182,13 @@ fn segment_limits_hold() {
 
     let past_the_end = |m: &mut TestMachine| {
         protected_mode(m.vcpu.cpu_mut());
-        m.vcpu.cpu_mut().set_segment(1, Segment { limit: CODE as u32 + 4, ..flat(8, 0x409b) });
+        m.vcpu.cpu_mut().set_segment(
+            1,
+            Segment {
+                limit: CODE as u32 + 4,
+                ..flat(8, 0x409b)
+            },
+        );
     };
     let jump = code(32, |a| {
         let mut target = a.create_label();
@@ -191,11 +217,15 @@ fn protected_mode_without_paging() {
         a.mov(dword_ptr(ebx + 0x4_0010), eax)?; // wraps to 0x40000
         a.popcnt(si, ax)
     });
-    run(&program, |m| protected_mode(m.vcpu.cpu_mut()), |m| {
-        assert_eq!((m.gpr(0), m.gpr(2)), (5050, 0x600 + 100));
-        assert_eq!(m.memory.read_u32(Gpa(0x4_0000)).unwrap(), 5050);
-        assert_eq!(m.gpr(6), u64::from(5050u32.count_ones()));
-    });
+    run(
+        &program,
+        |m| protected_mode(m.vcpu.cpu_mut()),
+        |m| {
+            assert_eq!((m.gpr(0), m.gpr(2)), (5050, 0x600 + 100));
+            assert_eq!(m.memory.read_u32(Gpa(0x4_0000)).unwrap(), 5050);
+            assert_eq!(m.gpr(6), u64::from(5050u32.count_ones()));
+        },
+    );
 }
 
 #[test]
@@ -209,7 +239,12 @@ fn older_page_tables() {
         let cpu = m.vcpu.cpu_mut();
         protected_mode(cpu);
         (cpu.cr0, cpu.cr3, cpu.cr4) = (0x8000_0011, 0x5000, 0x10);
-        for (at, entry) in [(0x5000, 0x83), (0x5004, 0x6003), (0x6004, 0x4_0003), (0x5008, 0x80_0083)] {
+        for (at, entry) in [
+            (0x5000, 0x83),
+            (0x5004, 0x6003),
+            (0x6004, 0x4_0003),
+            (0x5008, 0x80_0083),
+        ] {
             m.memory.write_u32(Gpa(at), entry).unwrap();
         }
         m.memory.write_u32(Gpa(0x80_0234), 77).unwrap();
@@ -218,9 +253,13 @@ fn older_page_tables() {
         let cpu = m.vcpu.cpu_mut();
         protected_mode(cpu);
         (cpu.cr0, cpu.cr3, cpu.cr4) = (0x8000_0011, 0x5020, 0x20);
-        for (at, entry) in
-            [(0x5020, 0x6001), (0x6000, 0x83), (0x6010, 0x7003), (0x7008, 0x4_0003), (0x6020, 0x80_0083)]
-        {
+        for (at, entry) in [
+            (0x5020, 0x6001),
+            (0x6000, 0x83),
+            (0x6010, 0x7003),
+            (0x7008, 0x4_0003),
+            (0x6020, 0x80_0083),
+        ] {
             m.memory.write_u64(Gpa(at), entry).unwrap();
         }
         m.memory.write_u32(Gpa(0x80_0234), 77).unwrap();
@@ -256,12 +295,28 @@ fn breakpoints() {
     });
     let debug = Fault::plain(1);
     // Execute: before the instruction. Write, read or write, and port: after it.
-    assert_eq!(fault(&program, |m| watch(m, CODE + 7, 0)), (debug, CODE + 7));
-    assert_eq!(fault(&program, |m| watch(m, 0x4_0002, 0b0101)), (debug, CODE + 15));
-    assert_eq!(fault(&program, |m| watch(m, 0x4_0007, 0b0011)), (debug, CODE + 7));
-    assert_eq!(fault(&program, |m| watch(m, 0x70, 0b0010)), (debug, CODE + 17));
+    assert_eq!(
+        fault(&program, |m| watch(m, CODE + 7, 0)),
+        (debug, CODE + 7)
+    );
+    assert_eq!(
+        fault(&program, |m| watch(m, 0x4_0002, 0b0101)),
+        (debug, CODE + 15)
+    );
+    assert_eq!(
+        fault(&program, |m| watch(m, 0x4_0007, 0b0011)),
+        (debug, CODE + 7)
+    );
+    assert_eq!(
+        fault(&program, |m| watch(m, 0x70, 0b0010)),
+        (debug, CODE + 17)
+    );
     // A write breakpoint does not see the load; RF hides an execute breakpoint for one instruction.
-    run(&program, |m| watch(m, 0x4_0004, 0b1101), |m| assert_eq!(m.vcpu.cpu().dr6 & 15, 0));
+    run(
+        &program,
+        |m| watch(m, 0x4_0004, 0b1101),
+        |m| assert_eq!(m.vcpu.cpu().dr6 & 15, 0),
+    );
     run(
         &program,
         |m| {
@@ -303,7 +358,9 @@ fn single_steps() {
         cpu.set_rflags(2 | flags::TF);
         cpu.gdtr.base = 0x9000;
         cpu.gdtr.limit = 0x1f;
-        m.memory.write_u64(Gpa(0x9010), 0x00cf_9300_0000_ffff).unwrap();
+        m.memory
+            .write_u64(Gpa(0x9010), 0x00cf_9300_0000_ffff)
+            .unwrap();
     };
     assert_eq!(fault(&program, stepping), (Fault::plain(1), CODE + 3));
     // An instruction that faults is not stepped over.
@@ -314,9 +371,13 @@ fn single_steps() {
 #[test]
 fn hypercalls_are_answered() {
     // vmcall; mov ebx, eax; vmmcall
-    run(&[0x0f, 0x01, 0xc1, 0x89, 0xc3, 0x0f, 0x01, 0xd9], |_| {}, |m| {
-        assert_eq!((m.gpr(0) as i64, m.gpr(3) as u32 as i32), (-1000, -1000));
-    });
+    run(
+        &[0x0f, 0x01, 0xc1, 0x89, 0xc3, 0x0f, 0x01, 0xd9],
+        |_| {},
+        |m| {
+            assert_eq!((m.gpr(0) as i64, m.gpr(3) as u32 as i32), (-1000, -1000));
+        },
+    );
 }
 
 #[test]
@@ -333,5 +394,15 @@ fn user_code_may_ask_for_alignment_checks() {
         cpu.cr0 |= 1 << 18;
         cpu.set_rflags(2 | flags::AC);
     };
-    assert_eq!(fault(&program, user), (Fault { vector: 17, error: Some(0), cr2: 0 }, CODE + 15));
+    assert_eq!(
+        fault(&program, user),
+        (
+            Fault {
+                vector: 17,
+                error: Some(0),
+                cr2: 0
+            },
+            CODE + 15
+        )
+    );
 }

@@ -91,6 +91,8 @@ pub(super) struct Builder<'a> {
     pub next_rip: u64,
     /// Where the guest goes on if a store of the current instruction ends the block.
     pub after_store: Next,
+    /// Goes into the next operand's [`crate::code::MemSite::masked`].
+    pub masked: Option<u32>,
     first_link: u32,
 }
 
@@ -104,7 +106,11 @@ pub fn translate(
     options: Options,
 ) -> Result<Translated, NeedsNextPage> {
     let mode = Mode(key.mode);
-    let limit = if options.reference || mode.is_single() { 1 } else { MAX_INSTRUCTIONS };
+    let limit = if options.reference || mode.is_single() {
+        1
+    } else {
+        MAX_INSTRUCTIONS
+    };
     let crossing = fetch.in_page < fetch.bytes.len();
     let mut decoder = Decoder::with_ip(mode.bits(), fetch.bytes, key.rip, DecoderOptions::NONE);
     let first_link = code.next_link();
@@ -125,6 +131,7 @@ pub fn translate(
         current_rip: key.rip,
         next_rip: key.rip,
         after_store: Next::Known(key.rip),
+        masked: None,
         first_link,
     };
     let mut instr = Instruction::default();
@@ -157,7 +164,9 @@ pub fn translate(
             // RF, which breakpoints use, is not pushed.
             how = Treatment::Interpret;
         }
-        if how == Treatment::Sti && (usize::from(builder.index) + 1 >= last || decoder.position() >= fetch.in_page) {
+        if how == Treatment::Sti
+            && (usize::from(builder.index) + 1 >= last || decoder.position() >= fetch.in_page)
+        {
             how = Treatment::Interpret;
         }
         builder.current_rip = instr.ip();
@@ -187,13 +196,23 @@ pub fn translate(
     };
     let instructions = u32::from(builder.index);
     let (code, links, points) = builder.finish();
-    Ok(Translated { code, len: end as u32, instructions, links, points })
+    Ok(Translated {
+        code,
+        len: end as u32,
+        instructions,
+        links,
+        points,
+    })
 }
 
 impl Builder<'_> {
     /// Index of the TLB and jump cache in use.
     pub fn privilege(&self) -> usize {
-        if self.mode.user() { Privilege::User as usize } else { Privilege::Supervisor as usize }
+        if self.mode.user() {
+            Privilege::User as usize
+        } else {
+            Privilege::Supervisor as usize
+        }
     }
 
     /// Truncates an instruction pointer to the code size.
@@ -213,6 +232,19 @@ impl Builder<'_> {
         match how {
             Treatment::Nop => true,
             Treatment::Plain => self.plain(instr, raw),
+            // The tracer and the reference look at each lane.
+            Treatment::Masked if self.options.trace || self.options.reference => {
+                self.interpret(instr, None)
+            }
+            Treatment::Masked => {
+                let site = InterpretSite {
+                    instr: *instr,
+                    index: self.index,
+                    fault: None,
+                };
+                self.masked = Some(self.code.add_interpret_site(site));
+                self.plain(instr, raw)
+            }
             Treatment::BitString => self.bit_string(instr, raw),
             Treatment::Lea => self.lea(instr, raw),
             Treatment::MovOffset => self.mov_offset(instr, raw),
@@ -241,8 +273,16 @@ impl Builder<'_> {
 
     /// Leaves for the interpreter; the block ends.
     pub fn interpret(&mut self, instr: &Instruction, fault: Option<u8>) -> bool {
-        let fault = if instr.code() == Code::INVALID { Some(6) } else { fault };
-        let site = self.code.add_interpret_site(InterpretSite { instr: *instr, index: self.index, fault });
+        let fault = if instr.code() == Code::INVALID {
+            Some(6)
+        } else {
+            fault
+        };
+        let site = self.code.add_interpret_site(InterpretSite {
+            instr: *instr,
+            index: self.index,
+            fault,
+        });
         self.asm.mov_imm(crate::asm::reg::RCX, u64::from(site));
         self.asm.jmp_to(self.stubs.interpret);
         false
@@ -250,7 +290,11 @@ impl Builder<'_> {
 
     /// Notes that the host instruction emitted next may fault.
     pub fn fault_point(&mut self, rip: u64) -> FaultPoint {
-        let point = FaultPoint { offset: self.asm.here().0 as u32, index: self.index, rip };
+        let point = FaultPoint {
+            offset: self.asm.here().0 as u32,
+            index: self.index,
+            rip,
+        };
         self.points.push(point);
         point
     }

@@ -20,7 +20,8 @@ impl Builder<'_> {
     fn count(&mut self, retired: u16) {
         if self.options.count && retired > 0 {
             self.asm.load_ctx(RCX, off::RETIRED);
-            self.asm.lea(RCX, Some(RCX), None, i32::from(retired), false);
+            self.asm
+                .lea(RCX, Some(RCX), None, i32::from(retired), false);
             self.asm.store_ctx(off::RETIRED, RCX);
         }
     }
@@ -61,7 +62,12 @@ impl Builder<'_> {
             self.trace_exit(Some(len));
             self.check_request(Some(len), true);
             let from = self.asm.jmp_later();
-            self.cold.push(Cold::Goto { from, target: len, retired: 0, check: false });
+            self.cold.push(Cold::Goto {
+                from,
+                target: len,
+                retired: 0,
+                check: false,
+            });
             return;
         }
         self.goto(len, self.index);
@@ -76,13 +82,23 @@ impl Builder<'_> {
             self.check_request(Some(target), false);
         }
         let from = self.asm.jmp_later();
-        self.cold.push(Cold::Goto { from, target, retired: 0, check: false });
+        self.cold.push(Cold::Goto {
+            from,
+            target,
+            retired: 0,
+            check: false,
+        });
     }
 
     /// A conditional jump whose rel32 is at `from`.
     fn goto_if(&mut self, from: Here, target: u64, retired: u16) {
         let check = self.needs_check(target);
-        self.cold.push(Cold::Goto { from, target, retired, check });
+        self.cold.push(Cold::Goto {
+            from,
+            target,
+            retired,
+            check,
+        });
     }
 
     /// True for jumps backward or out of the page.
@@ -99,13 +115,23 @@ impl Builder<'_> {
     /// Emits what `goto` and friends put off.
     pub(super) fn emit_cold(&mut self, cold: Cold) {
         match cold {
-            Cold::Slow { from, site, back, op } => self.emit_slow(from, site, back, op),
+            Cold::Slow {
+                from,
+                site,
+                back,
+                op,
+            } => self.emit_slow(from, site, back, op),
             Cold::Request { from, target } => {
                 self.asm.patch_here(from);
                 self.asm.mov_imm(R10, target);
                 self.asm.jmp_to(self.stubs.request);
             }
-            Cold::Goto { from, target, retired, check } => self.emit_goto(from, target, retired, check),
+            Cold::Goto {
+                from,
+                target,
+                retired,
+                check,
+            } => self.emit_goto(from, target, retired, check),
         }
     }
 
@@ -148,25 +174,40 @@ impl Builder<'_> {
         let link = self.next_link();
         let stub = self.stubs.link;
         self.asm.mov_imm(R10, target);
-        self.asm.load_ctx(RCX, off::jump_tag(privilege) + index as u32 * 8);
+        self.asm
+            .load_ctx(RCX, off::jump_tag(privilege) + index as u32 * 8);
         self.asm.lea(RCX, Some(RCX), Some((R10, 1)), 0, false);
         self.asm.unless_rcx_zero(|asm| {
             asm.mov_imm(RCX, u64::from(link));
             asm.jmp_to(stub);
         });
-        self.asm.jmp_ctx(off::jump_target(privilege) + index as u32 * 8);
+        self.asm
+            .jmp_ctx(off::jump_target(privilege) + index as u32 * 8);
         let gpa = if self.same_page(target) {
             (self.key.gpa & !0xfff) | (target.wrapping_add(self.key.cs_base) & 0xfff)
         } else {
             u64::MAX
         };
-        let target = Key { gpa, rip: target, ..self.key };
-        self.links.push(Link { patch: patch.0 as u32, cold: cold.0 as u32, target });
+        let target = Key {
+            gpa,
+            rip: target,
+            ..self.key
+        };
+        self.links.push(Link {
+            patch: patch.0 as u32,
+            cold: cold.0 as u32,
+            target,
+        });
     }
 
     /// Notes an indirect branch that has moved RSP by `moved`.
     fn branch_site(&mut self, moved: u32, counted: bool) -> u64 {
-        let site = BranchSite { rip: self.current_rip, moved, counted, index: self.index };
+        let site = BranchSite {
+            rip: self.current_rip,
+            moved,
+            counted,
+            index: self.index,
+        };
         u64::from(self.code.add_branch_site(site))
     }
 
@@ -201,7 +242,8 @@ impl Builder<'_> {
         let privilege = self.privilege();
         let lookup = self.stubs.lookup;
         self.asm.pext_ctx(R11, R10, off::JUMP_MASK);
-        self.asm.load(RCX, RSP, Some((R11, 8)), off::jump_tag(privilege) as i32);
+        self.asm
+            .load(RCX, RSP, Some((R11, 8)), off::jump_tag(privilege) as i32);
         self.asm.lea(RCX, Some(RCX), Some((R10, 1)), 0, false);
         self.asm.unless_rcx_zero(|asm| {
             asm.mov_imm(RCX, site);
@@ -214,7 +256,13 @@ impl Builder<'_> {
     fn branch_size(&self, instr: &Instruction) -> usize {
         use iced_x86::Code as C;
         match instr.code() {
-            C::Call_rel16 | C::Call_rm16 | C::Retnw | C::Retnw_imm16 | C::Jmp_rel16 | C::Jmp_rel8_16 | C::Jmp_rm16 => 2,
+            C::Call_rel16
+            | C::Call_rm16
+            | C::Retnw
+            | C::Retnw_imm16
+            | C::Jmp_rel16
+            | C::Jmp_rel8_16
+            | C::Jmp_rm16 => 2,
             C::Call_rel32_32 | C::Call_rm32 | C::Retnd | C::Retnd_imm16 => 4,
             C::Jmp_rel32_32 | C::Jmp_rel8_32 | C::Jmp_rm32 => 4,
             _ => 8,
@@ -255,7 +303,11 @@ impl Builder<'_> {
                 self.check_target();
             }
         }
-        self.after_store = if direct { Next::Known(self.wrap(instr.near_branch_target())) } else { Next::Target };
+        self.after_store = if direct {
+            Next::Known(self.wrap(instr.near_branch_target()))
+        } else {
+            Next::Target
+        };
         let back = self.wrap(instr.next_ip());
         self.asm.mov_imm(RCX, back);
         self.asm.store_ctx(off::temp(1), RCX);
@@ -281,7 +333,11 @@ impl Builder<'_> {
             b.asm.store_ctx(off::temp(0), RCX);
             None
         });
-        let extra = if instr.op_count() > 0 { instr.immediate16() } else { 0 };
+        let extra = if instr.op_count() > 0 {
+            instr.immediate16()
+        } else {
+            0
+        };
         let moved = size as i32 + i32::from(extra);
         self.move_stack(moved);
         self.asm.load_ctx(R10, off::temp(0));
@@ -313,14 +369,32 @@ impl Builder<'_> {
     pub fn jump_count(&mut self, instr: &Instruction) -> bool {
         use iced_x86::Code as C;
         let width = match instr.code() {
-            C::Jcxz_rel8_16 | C::Jcxz_rel8_32 | C::Loop_rel8_16_CX | C::Loop_rel8_32_CX | C::Loope_rel8_16_CX
-            | C::Loope_rel8_32_CX | C::Loopne_rel8_16_CX | C::Loopne_rel8_32_CX => 2,
-            C::Jecxz_rel8_16 | C::Jecxz_rel8_32 | C::Jecxz_rel8_64 | C::Loop_rel8_16_ECX | C::Loop_rel8_32_ECX
-            | C::Loop_rel8_64_ECX | C::Loope_rel8_16_ECX | C::Loope_rel8_32_ECX | C::Loope_rel8_64_ECX
-            | C::Loopne_rel8_16_ECX | C::Loopne_rel8_32_ECX | C::Loopne_rel8_64_ECX => 4,
+            C::Jcxz_rel8_16
+            | C::Jcxz_rel8_32
+            | C::Loop_rel8_16_CX
+            | C::Loop_rel8_32_CX
+            | C::Loope_rel8_16_CX
+            | C::Loope_rel8_32_CX
+            | C::Loopne_rel8_16_CX
+            | C::Loopne_rel8_32_CX => 2,
+            C::Jecxz_rel8_16
+            | C::Jecxz_rel8_32
+            | C::Jecxz_rel8_64
+            | C::Loop_rel8_16_ECX
+            | C::Loop_rel8_32_ECX
+            | C::Loop_rel8_64_ECX
+            | C::Loope_rel8_16_ECX
+            | C::Loope_rel8_32_ECX
+            | C::Loope_rel8_64_ECX
+            | C::Loopne_rel8_16_ECX
+            | C::Loopne_rel8_32_ECX
+            | C::Loopne_rel8_64_ECX => 4,
             _ => 8,
         };
-        let is_loop = !matches!(instr.mnemonic(), Mnemonic::Jcxz | Mnemonic::Jecxz | Mnemonic::Jrcxz);
+        let is_loop = !matches!(
+            instr.mnemonic(),
+            Mnemonic::Jcxz | Mnemonic::Jecxz | Mnemonic::Jrcxz
+        );
         if is_loop {
             match width {
                 8 => self.asm.lea(R9, Some(R9), None, -1, false),

@@ -31,7 +31,10 @@ impl Builder<'_> {
             return segment == Register::SS;
         }
         !matches!(segment, Register::FS | Register::GS)
-            && matches!(instr.memory_base().full_register(), Register::RSP | Register::RBP)
+            && matches!(
+                instr.memory_base().full_register(),
+                Register::RSP | Register::RBP
+            )
     }
 
     /// Computes the effective address of the memory operand into R10, without segment base. Clobbers R11.
@@ -49,12 +52,20 @@ impl Builder<'_> {
             self.asm.mov_imm(R10, displacement);
             return;
         }
-        let size = if base == Register::None { index.size() } else { base.size() };
+        let size = if base == Register::None {
+            index.size()
+        } else {
+            base.size()
+        };
         let rsp_based = base.full_register() == Register::RSP;
         let disp = (displacement as i32).wrapping_add(if rsp_based { adjust } else { 0 });
         let base = (base != Register::None).then(|| self.address_register(base, R10));
-        let index = (index != Register::None)
-            .then(|| (self.address_register(index, R11), instr.memory_index_scale() as u8));
+        let index = (index != Register::None).then(|| {
+            (
+                self.address_register(index, R11),
+                instr.memory_index_scale() as u8,
+            )
+        });
         self.asm.lea(R10, base, index, disp, size < 8);
         if size == 2 {
             self.truncate_address();
@@ -79,7 +90,11 @@ impl Builder<'_> {
     /// Adds the base of segment `seg` to R10 where it is not zero by definition. Clobbers R11.
     pub fn add_segment(&mut self, seg: usize) {
         let wide = self.mode.bits() == 64;
-        let needed = if wide { seg >= 4 } else { seg >= 4 || self.mode.segmented() || seg == 1 };
+        let needed = if wide {
+            seg >= 4
+        } else {
+            seg >= 4 || self.mode.segmented() || seg == 1
+        };
         if needed {
             self.asm.load_ctx(R11, off::seg_base(seg));
             self.asm.lea(R10, Some(R10), Some((R11, 1)), 0, !wide);
@@ -103,7 +118,11 @@ impl Builder<'_> {
         stack: bool,
         op: impl FnOnce(&mut Self) -> Option<FaultPoint>,
     ) {
-        let segment = if stack { 2 } else { segment_number(instr.memory_segment()) };
+        let segment = if stack {
+            2
+        } else {
+            segment_number(instr.memory_segment())
+        };
         let site = self.code.add_mem_site(MemSite {
             rip: instr.ip(),
             size: size as u8,
@@ -112,6 +131,7 @@ impl Builder<'_> {
             stack,
             align: alignment(instr),
             x87: waits_for_x87(instr),
+            masked: self.masked.take(),
             index: self.index,
             next: self.after_store,
         });
@@ -133,23 +153,42 @@ impl Builder<'_> {
             return;
         }
         let privilege = self.privilege();
-        let tag = if store { off::tlb_write(privilege) } else { off::tlb_read(privilege) };
+        let tag = if store {
+            off::tlb_write(privilege)
+        } else {
+            off::tlb_read(privilege)
+        };
         self.asm.pext_ctx(R11, R10, off::TLB_MASK);
-        self.asm.load(RCX, crate::asm::reg::RSP, Some((R11, 8)), tag as i32);
-        self.asm.lea(RCX, Some(RCX), Some((R10, 1)), size as i32 - 1, false);
+        self.asm
+            .load(RCX, crate::asm::reg::RSP, Some((R11, 8)), tag as i32);
+        self.asm
+            .lea(RCX, Some(RCX), Some((R10, 1)), size as i32 - 1, false);
         self.asm.pext_ctx(RCX, RCX, off::PAGE_MASK);
         let mut from = self.asm.here();
         self.asm.unless_rcx_zero(|asm| from = asm.jmp_later());
-        self.asm.load(R11, crate::asm::reg::RSP, Some((R11, 8)), off::tlb_delta(privilege) as i32);
+        self.asm.load(
+            R11,
+            crate::asm::reg::RSP,
+            Some((R11, 8)),
+            off::tlb_delta(privilege) as i32,
+        );
         let start = self.asm.here();
         let point = op(self);
         let end = self.asm.here();
         let copy = store.then(|| {
             let bytes = self.asm.code.get(start.0..end.0).unwrap_or(&[]).to_vec();
-            (bytes, point.map(|point| (point.offset as usize - start.0, point)))
+            (
+                bytes,
+                point.map(|point| (point.offset as usize - start.0, point)),
+            )
         });
         let back = if store { end } else { start };
-        self.cold.push(Cold::Slow { from, site, back, op: copy });
+        self.cold.push(Cold::Slow {
+            from,
+            site,
+            back,
+            op: copy,
+        });
         if traced {
             self.trace_store(site);
         }
@@ -185,7 +224,10 @@ impl Builder<'_> {
         if let Some((bytes, point)) = op {
             if let Some((offset, point)) = point {
                 let at = self.asm.here().0 + offset;
-                self.points.push(FaultPoint { offset: at as u32, ..point });
+                self.points.push(FaultPoint {
+                    offset: at as u32,
+                    ..point
+                });
             }
             self.asm.bytes(&bytes);
             self.commit(site);

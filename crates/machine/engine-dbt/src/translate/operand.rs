@@ -33,7 +33,8 @@ struct Loan {
 impl Builder<'_> {
     /// An instruction run as itself.
     pub fn plain(&mut self, instr: &Instruction, raw: Raw) -> bool {
-        let options = InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
+        let options =
+            InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
         let mut uses = std::mem::take(&mut self.uses);
         let info = self.info.info_options(instr, options);
         register_uses(instr, info, &mut uses);
@@ -45,12 +46,18 @@ impl Builder<'_> {
         }
         let memory = memory_use(instr, info);
         let has_memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory);
-        let faults = uses_vector(instr) || matches!(instr.mnemonic(), Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Wait);
+        let faults = uses_vector(instr)
+            || matches!(
+                instr.mnemonic(),
+                Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Wait
+            );
         match memory {
             Some(memory) => {
                 self.linear_address(instr, 0);
                 let stack = self.stack_segment(instr);
-                self.access(instr, memory.access, memory.size, stack, |b| b.operation(instr, raw, &uses, true, true));
+                self.access(instr, memory.access, memory.size, stack, |b| {
+                    b.operation(instr, raw, &uses, true, true)
+                });
             }
             // A memory form that accesses nothing is a NOP in all but name.
             None if has_memory => {}
@@ -76,7 +83,10 @@ impl Builder<'_> {
         let mut loans: Vec<Loan> = Vec::new();
         for used in uses {
             if used.high || host_register(used.number).is_none() {
-                match loans.iter_mut().find(|l| l.number == used.number && l.high == used.high) {
+                match loans
+                    .iter_mut()
+                    .find(|l| l.number == used.number && l.high == used.high)
+                {
                     Some(loan) => {
                         loan.read |= used.read;
                         loan.write |= used.write;
@@ -92,7 +102,11 @@ impl Builder<'_> {
             }
         }
         let rcx_free = !(rcx_in || rcx_out);
-        let mut rm = if memory { RmOperand::BaseIndex(R10, R11) } else { RmOperand::Register(raw.rm()) };
+        let mut rm = if memory {
+            RmOperand::BaseIndex(R10, R11)
+        } else {
+            RmOperand::Register(raw.rm())
+        };
         let mut pool: Vec<u8> = Vec::new();
         if memory {
             if loans.len() > usize::from(rcx_free) {
@@ -112,7 +126,10 @@ impl Builder<'_> {
         }
         // High bytes pass through host CL, so what stays there is loaded last.
         for in_rcx in [false, true] {
-            for loan in loans.iter().filter(|l| (l.scratch == RCX) == in_rcx && l.read) {
+            for loan in loans
+                .iter()
+                .filter(|l| (l.scratch == RCX) == in_rcx && l.read)
+            {
                 self.borrow_register(loan);
             }
         }
@@ -132,8 +149,11 @@ impl Builder<'_> {
             encode.rm = Some(rm);
         }
         for used in uses {
-            let loan = loans.iter().find(|l| l.number == used.number && l.high == used.high);
-            let host = loan.map_or_else(|| host_register(used.number).unwrap_or(RCX), |l| l.scratch);
+            let loan = loans
+                .iter()
+                .find(|l| l.number == used.number && l.high == used.high);
+            let host =
+                loan.map_or_else(|| host_register(used.number).unwrap_or(RCX), |l| l.scratch);
             match used.slot {
                 Slot::Reg => encode.reg = host,
                 Slot::Rm => encode.rm = Some(RmOperand::Register(host)),
@@ -149,7 +169,10 @@ impl Builder<'_> {
         let point = faults.then(|| self.fault_point(instr.ip()));
         encode.emit(&mut self.asm.code);
         for in_rcx in [true, false] {
-            for loan in loans.iter().filter(|l| (l.scratch == RCX) == in_rcx && l.write) {
+            for loan in loans
+                .iter()
+                .filter(|l| (l.scratch == RCX) == in_rcx && l.write)
+            {
                 self.return_register(loan);
             }
         }
@@ -163,7 +186,8 @@ impl Builder<'_> {
     fn widen(&self, instr: &Instruction, raw: Raw, encode: &mut Encode) -> Raw {
         use iced_x86::MandatoryPrefix as M;
         let info = instr.op_code();
-        encode.p66 = info.mandatory_prefix() == M::P66 || (raw.vex.is_none() && info.operand_size() == 16);
+        encode.p66 =
+            info.mandatory_prefix() == M::P66 || (raw.vex.is_none() && info.operand_size() == 16);
         let mut raw = raw;
         if raw.vex.is_none() && raw.map == 0 {
             match raw.opcode {
@@ -202,7 +226,11 @@ impl Builder<'_> {
         if loan.number == 1 {
             // CH: guest RCX is in R9, and only host CH can be written.
             // R10 may hold another register still; R11 is free again after the instruction.
-            let value = if loan.scratch == RCX { R11 } else { loan.scratch };
+            let value = if loan.scratch == RCX {
+                R11
+            } else {
+                loan.scratch
+            };
             self.asm.mov(value, loan.scratch);
             self.asm.mov(RCX, R9);
             self.asm.xchg(RAX, value);
@@ -256,7 +284,11 @@ impl Builder<'_> {
     pub fn lea(&mut self, instr: &Instruction, _raw: Raw) -> bool {
         self.effective_address(instr, 0);
         let destination = instr.op0_register();
-        self.write_guest(destination.full_register().number() as u8, R10, destination.size());
+        self.write_guest(
+            destination.full_register().number() as u8,
+            R10,
+            destination.size(),
+        );
         true
     }
 
@@ -268,7 +300,11 @@ impl Builder<'_> {
         mov.opcode = if store { 0x88 } else { 0x8a } | u8::from(size > 1);
         mov.modrm = Some(0);
         let mov = mov.with_imm(&[]);
-        let access = if store { OperandAccess::Write } else { OperandAccess::Read };
+        let access = if store {
+            OperandAccess::Write
+        } else {
+            OperandAccess::Read
+        };
         self.linear_address(instr, 0);
         let p66 = size == 2;
         let stack = instr.memory_segment() == iced_x86::Register::SS;
@@ -303,13 +339,22 @@ impl Builder<'_> {
         self.asm.sign_extend(RCX, RCX, size);
         self.asm.mov_imm(R11, log);
         self.asm.shift_x(2, RCX, RCX, R11);
-        let narrow = instr.memory_base().size() == 4 || instr.memory_index().size() == 4 || self.mode.bits() != 64;
+        let narrow = instr.memory_base().size() == 4
+            || instr.memory_index().size() == 4
+            || self.mode.bits() != 64;
         self.asm.lea(R10, Some(R10), Some((RCX, wide)), 0, narrow);
-        if instr.memory_base().size() == 2 || instr.memory_index().size() == 2 || instr.memory_displ_size() == 2 {
+        if instr.memory_base().size() == 2
+            || instr.memory_index().size() == 2
+            || instr.memory_displ_size() == 2
+        {
             self.truncate_address();
         }
         self.add_segment(super::memory::segment_number(instr.memory_segment()));
-        let access = if instr.mnemonic() == Mnemonic::Bt { OperandAccess::Read } else { OperandAccess::ReadWrite };
+        let access = if instr.mnemonic() == Mnemonic::Bt {
+            OperandAccess::Read
+        } else {
+            OperandAccess::ReadWrite
+        };
         let stack = self.stack_segment(instr);
         let p66 = size == 2;
         self.access(instr, access, size, stack, |b| {

@@ -161,7 +161,8 @@ impl Builder<'_> {
         let size = self.push_size(instr);
         self.asm.store_ctx(off::temp(0), RAX);
         // lahf; seto al; movzx ecx, ah; movzx eax, al; rorx eax, eax, 21 (OF to bit 11)
-        self.asm.bytes(&[0x9f, 0x0f, 0x90, 0xc0, 0x0f, 0xb6, 0xcc, 0x0f, 0xb6, 0xc0]);
+        self.asm
+            .bytes(&[0x9f, 0x0f, 0x90, 0xc0, 0x0f, 0xb6, 0xcc, 0x0f, 0xb6, 0xc0]);
         self.asm.bytes(&[0xc4, 0xe3, 0x7b, 0xf0, 0xc0, 21]);
         self.asm.lea(RCX, Some(RCX), Some((RAX, 1)), 0, false);
         self.asm.load_ctx(RAX, off::INTERRUPTS_ON);

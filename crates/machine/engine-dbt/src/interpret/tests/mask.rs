@@ -30,7 +30,10 @@ fn masked_lanes_are_not_touched() {
     // A fault in the third lane leaves the first two alone.
     machine.cpu.ymm.0[1] = words([ON, ON, ON, 0, 0, 0, 0, 0]);
     machine.cpu.ymm.0[2] = words([1; 8]);
-    assert_eq!(machine.run(&[0xc4, 0xe2, 0x75, 0x2e, 0x10]), Err(Fault::page(HOLE, 2)));
+    assert_eq!(
+        machine.run(&[0xc4, 0xe2, 0x75, 0x2e, 0x10]),
+        Err(Fault::page(HOLE, 2))
+    );
     assert_eq!(machine.bytes::<8>(HOLE - 8), [7, 0, 0, 0, 8, 0, 0, 0]);
     // vmaskmovpd xmm: 8-byte lanes, upper half cleared.
     machine.cpu.gpr[0] = DATA;
@@ -50,7 +53,10 @@ fn masked_bytes_go_to_rdi() {
     machine.run(&[0x66, 0x0f, 0xf7, 0xc1]).unwrap();
     assert_eq!(machine.bytes::<4>(HOLE - 4), [0, 0, 0, 3]);
     machine.cpu.ymm.0[1][1] = 0x80;
-    assert_eq!(machine.run(&[0x66, 0x0f, 0xf7, 0xc1]).unwrap_err().vector, 14);
+    assert_eq!(
+        machine.run(&[0x66, 0x0f, 0xf7, 0xc1]).unwrap_err().vector,
+        14
+    );
 }
 
 #[test]
@@ -65,7 +71,10 @@ fn gathers_keep_what_they_loaded_before_a_fault() {
     machine.cpu.ymm.0[2] = words([ON, ON, 0, ON, ON, ON, ON, ON]);
     // vpgatherdd ymm0, [rax + ymm1*4], ymm2
     machine.run(&[0xc4, 0xe2, 0x6d, 0x90, 0x04, 0x88]).unwrap();
-    assert_eq!(machine.cpu.ymm.0[0], words([100, 103, u32::MAX, 115, 101, 102, 104, 106]));
+    assert_eq!(
+        machine.cpu.ymm.0[0],
+        words([100, 103, u32::MAX, 115, 101, 102, 104, 106])
+    );
     assert_eq!(machine.cpu.ymm.0[2], [0; 4]);
     // Negative indices, 8-byte elements with 4-byte indices; the second element faults.
     machine.put_u64(DATA - 16, 0xabcd);
@@ -73,8 +82,17 @@ fn gathers_keep_what_they_loaded_before_a_fault() {
     machine.cpu.ymm.0[2] = [u64::MAX; 4];
     machine.cpu.ymm.0[0] = [5; 4];
     // vpgatherdq xmm0, [rax + xmm1*8], xmm2
-    assert_eq!(machine.run(&[0xc4, 0xe2, 0xe9, 0x90, 0x04, 0xc8]), Err(Fault::page(HOLE, 0)));
-    assert_eq!((machine.cpu.ymm.0[0][..2].to_vec(), machine.cpu.ymm.0[2][..2].to_vec()), (vec![0xabcd, 5], vec![0, u64::MAX]));
+    assert_eq!(
+        machine.run(&[0xc4, 0xe2, 0xe9, 0x90, 0x04, 0xc8]),
+        Err(Fault::page(HOLE, 0))
+    );
+    assert_eq!(
+        (
+            machine.cpu.ymm.0[0][..2].to_vec(),
+            machine.cpu.ymm.0[2][..2].to_vec()
+        ),
+        (vec![0xabcd, 5], vec![0, u64::MAX])
+    );
     machine.cpu.ymm.0[1] = words([0; 8]);
     machine.run(&[0xc4, 0xe2, 0xe9, 0x90, 0x04, 0xc8]).unwrap();
     assert_eq!(machine.cpu.ymm.0[0], [0xabcd, 100 | 101 << 32, 0, 0]);
@@ -85,7 +103,12 @@ fn gathers_keep_what_they_loaded_before_a_fault() {
     machine.run(&[0xc4, 0xe2, 0x69, 0x93, 0x04, 0x88]).unwrap();
     assert_eq!(machine.cpu.ymm.0[0], [101 | 102 << 32, 0, 0, 0]);
     // The same register twice.
-    let mut decoder = Decoder::with_ip(64, &[0xc4, 0xe2, 0x7d, 0x90, 0x04, 0x88], CODE, DecoderOptions::NO_INVALID_CHECK);
+    let mut decoder = Decoder::with_ip(
+        64,
+        &[0xc4, 0xe2, 0x7d, 0x90, 0x04, 0x88],
+        CODE,
+        DecoderOptions::NO_INVALID_CHECK,
+    );
     let instr = decoder.decode();
     assert_eq!(machine.exec().interpret(&instr), Err(Fault::UNDEFINED));
 }

@@ -71,7 +71,12 @@ pub struct Machine {
 }
 
 pub fn flat(selector: u16, attributes: u16) -> Segment {
-    Segment { selector, base: 0, limit: u32::MAX, attributes }
+    Segment {
+        selector,
+        base: 0,
+        limit: u32::MAX,
+        attributes,
+    }
 }
 
 impl Machine {
@@ -94,7 +99,13 @@ impl Machine {
             divergence: None,
         };
         let code = CodeMap::new().unwrap();
-        let mut machine = Machine { cpu: Cpu::new(), env, bus: Ports::default(), code, _apics: apics };
+        let mut machine = Machine {
+            cpu: Cpu::new(),
+            env,
+            bus: Ports::default(),
+            code,
+            _apics: apics,
+        };
         machine.lay_out();
         machine
     }
@@ -125,14 +136,26 @@ impl Machine {
         self.put_u64(TSS + 4, KERNEL_STACK);
         self.put_u64(TSS + 36, IST_STACK);
         let cpu = &mut self.cpu;
-        cpu.gdtr = DescriptorTable { base: GDT, limit: 0x4f };
-        cpu.idtr = DescriptorTable { base: IDT, limit: 0xfff };
-        cpu.tr = Segment { selector: TSS_SELECTOR, base: TSS, limit: 0xff, attributes: 0x8b };
+        cpu.gdtr = DescriptorTable {
+            base: GDT,
+            limit: 0x4f,
+        };
+        cpu.idtr = DescriptorTable {
+            base: IDT,
+            limit: 0xfff,
+        };
+        cpu.tr = Segment {
+            selector: TSS_SELECTOR,
+            base: TSS,
+            limit: 0xff,
+            attributes: 0x8b,
+        };
         cpu.set_segment(1, flat(KERNEL_CS, 0xa09b));
         for index in [0, 2, 3, 4, 5] {
             cpu.set_segment(index, flat(KERNEL_DS, 0xc093));
         }
-        cpu.cr0 = control::CR0_PE | control::CR0_PG | control::CR0_ET | control::CR0_WP | control::CR0_NE;
+        cpu.cr0 =
+            control::CR0_PE | control::CR0_PG | control::CR0_ET | control::CR0_WP | control::CR0_NE;
         cpu.cr3 = 0x1000;
         cpu.cr4 = control::CR4_PAE
             | control::CR4_OSFXSR
@@ -167,20 +190,40 @@ impl Machine {
         self.cpu.cr4 = 0;
         self.cpu.efer = 0;
         for index in 0..6 {
-            let segment = Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x93 };
+            let segment = Segment {
+                selector: 0,
+                base: 0,
+                limit: 0xffff,
+                attributes: 0x93,
+            };
             self.cpu.set_segment(index, segment);
         }
         let selector = (CODE >> 4) as u16;
-        self.cpu.set_segment(1, Segment { selector, base: CODE, limit: 0xffff, attributes: 0x9b });
+        self.cpu.set_segment(
+            1,
+            Segment {
+                selector,
+                base: CODE,
+                limit: 0xffff,
+                attributes: 0x9b,
+            },
+        );
         self.cpu.rip = 0;
         self.cpu.gpr[4] = 0x8000;
-        self.cpu.idtr = DescriptorTable { base: 0, limit: 0x3ff };
+        self.cpu.idtr = DescriptorTable {
+            base: 0,
+            limit: 0x3ff,
+        };
     }
 
     /// A 64-bit gate.
     pub fn gate(&mut self, vector: u8, handler: u64, attributes: u64, ist: u64) {
         let at = IDT + u64::from(vector) * 16;
-        let low = handler & 0xffff | u64::from(KERNEL_CS) << 16 | ist << 32 | attributes << 40 | (handler >> 16 & 0xffff) << 48;
+        let low = handler & 0xffff
+            | u64::from(KERNEL_CS) << 16
+            | ist << 32
+            | attributes << 40
+            | (handler >> 16 & 0xffff) << 48;
         self.put_u64(at, low);
         self.put_u64(at + 8, handler >> 32);
     }
@@ -204,7 +247,12 @@ impl Machine {
     }
 
     pub fn exec(&mut self) -> Exec<'_> {
-        Exec { cpu: &mut self.cpu, env: &mut self.env, bus: &self.bus, code: &mut self.code }
+        Exec {
+            cpu: &mut self.cpu,
+            env: &mut self.env,
+            bus: &self.bus,
+            code: &mut self.code,
+        }
     }
 
     /// Runs one instruction at RIP.
@@ -224,7 +272,10 @@ impl Machine {
     }
 
     /// Assembles 64-bit code at RIP and runs it.
-    pub fn asm(&mut self, build: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Result<(), Fault> {
+    pub fn asm(
+        &mut self,
+        build: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+    ) -> Result<(), Fault> {
         let mut assembler = CodeAssembler::new(64).unwrap();
         build(&mut assembler).unwrap();
         let code = assembler.assemble(self.cpu.rip).unwrap();
@@ -248,12 +299,12 @@ fn what_is_not_an_instruction_here_is_undefined() {
     let mut machine = Machine::new();
     let before = machine.cpu.rflags();
     for bytes in [
-        &[0x0f, 0x0b][..],       // ud2
-        &[0x0f, 0x01, 0xd8],     // vmrun
-        &[0x0f, 0x01, 0xc2],     // vmlaunch
-        &[0x0f, 0x01, 0xcb],     // stac
-        &[0x0f, 0x01, 0xc8],     // monitor
-        &[0x0f, 0xc7, 0x30],     // vmptrld
+        &[0x0f, 0x0b][..],   // ud2
+        &[0x0f, 0x01, 0xd8], // vmrun
+        &[0x0f, 0x01, 0xc2], // vmlaunch
+        &[0x0f, 0x01, 0xcb], // stac
+        &[0x0f, 0x01, 0xc8], // monitor
+        &[0x0f, 0xc7, 0x30], // vmptrld
     ] {
         assert_eq!(machine.run(bytes), Err(Fault::UNDEFINED), "{bytes:02x?}");
     }

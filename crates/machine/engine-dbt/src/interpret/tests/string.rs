@@ -52,13 +52,38 @@ fn cases() -> impl Strategy<Value = Case> {
     let near = 0usize..3;
     (
         (0u8..5, 0u8..3, 0u32..4, any::<bool>(), any::<bool>()),
-        (0..LEN, prop_oneof![(0..LEN).boxed(), near.boxed()], 0usize..1500, any::<u64>(), any::<bool>()),
+        (
+            0..LEN,
+            prop_oneof![(0..LEN).boxed(), near.boxed()],
+            0usize..1500,
+            any::<u64>(),
+            any::<bool>(),
+        ),
     )
-        .prop_map(|((operation, prefix, log_size, down, wide_address), (source, other, count, accumulator, overlap))| {
-            // Half of the cases overlap closely.
-            let destination = if overlap { source.saturating_sub(8) + other % 17 } else { other };
-            Case { operation, prefix, log_size, down, wide_address, source, destination, count, accumulator }
-        })
+        .prop_map(
+            |(
+                (operation, prefix, log_size, down, wide_address),
+                (source, other, count, accumulator, overlap),
+            )| {
+                // Half of the cases overlap closely.
+                let destination = if overlap {
+                    source.saturating_sub(8) + other % 17
+                } else {
+                    other
+                };
+                Case {
+                    operation,
+                    prefix,
+                    log_size,
+                    down,
+                    wide_address,
+                    source,
+                    destination,
+                    count,
+                    accumulator,
+                }
+            },
+        )
 }
 
 fn element(memory: &[u8], at: usize, size: usize) -> u64 {
@@ -144,7 +169,10 @@ fn a_repeated_move_stops_at_the_fault_and_can_go_on() {
     machine.cpu.gpr[7] = HOLE - 40;
     let fault = machine.run(&[0xf3, 0xa4]).unwrap_err();
     assert_eq!((fault.vector, fault.cr2, fault.error), (14, HOLE, Some(2)));
-    assert_eq!((machine.cpu.gpr[1], machine.cpu.gpr[6], machine.cpu.gpr[7]), (60, DATA + 40, HOLE));
+    assert_eq!(
+        (machine.cpu.gpr[1], machine.cpu.gpr[6], machine.cpu.gpr[7]),
+        (60, DATA + 40, HOLE)
+    );
     // One element across the end of the page faults as a whole.
     machine.cpu.gpr[7] = HOLE - 4;
     let fault = machine.run(&[0x48, 0xa5]).unwrap_err();
@@ -159,7 +187,10 @@ fn long_moves_come_back_for_interrupts_and_no_count_does_nothing() {
     assert_eq!(machine.run(&[0xf3, 0xaa]), Ok(Next::RepeatLater));
     assert_eq!(machine.cpu.gpr[1], 100_000 - 65536);
     assert_eq!(machine.run(&[0xf3, 0xaa]), Ok(Next::Continue));
-    assert_eq!((machine.cpu.gpr[1], machine.cpu.gpr[7]), (0, 0x60_0000 + 100_000));
+    assert_eq!(
+        (machine.cpu.gpr[1], machine.cpu.gpr[7]),
+        (0, 0x60_0000 + 100_000)
+    );
     machine.cpu.gpr[7] = HOLE;
     machine.run(&[0xf3, 0xaa]).unwrap();
     // Single-stepping sees every element.
@@ -176,7 +207,14 @@ fn ports_move_to_and_from_memory_and_the_map_guards_them() {
     machine.put(DATA, b"hello");
     (machine.cpu.gpr[1], machine.cpu.gpr[2], machine.cpu.gpr[6]) = (5, 0x3f8, DATA);
     machine.finish(&[0xf3, 0x6e]).unwrap();
-    let sent: Vec<u8> = machine.bus.0.lock().unwrap().iter().flat_map(|(_, data)| data.clone()).collect();
+    let sent: Vec<u8> = machine
+        .bus
+        .0
+        .lock()
+        .unwrap()
+        .iter()
+        .flat_map(|(_, data)| data.clone())
+        .collect();
     assert_eq!(sent, b"hello");
     (machine.cpu.gpr[1], machine.cpu.gpr[2], machine.cpu.gpr[7]) = (2, 0x1234, DATA);
     machine.finish(&[0xf3, 0x66, 0x6d]).unwrap();
@@ -189,7 +227,11 @@ fn ports_move_to_and_from_memory_and_the_map_guards_them() {
     assert_eq!(machine.run(&[0xe4, 0x60]), Ok(Next::Continue));
     assert_eq!(machine.cpu.gpr[0] & 0xff, 0x60);
     assert_eq!(machine.run(&[0xe4, 0x61]), Err(super::REFUSED));
-    assert_eq!(machine.run(&[0xe5, 0x60]), Err(super::REFUSED), "wider than the permission");
+    assert_eq!(
+        machine.run(&[0xe5, 0x60]),
+        Err(super::REFUSED),
+        "wider than the permission"
+    );
     // Beyond the TSS's limit.
     machine.cpu.gpr[2] = 0x8000;
     assert_eq!(machine.run(&[0xec]), Err(super::REFUSED));
@@ -216,10 +258,18 @@ fn host_flags(left: u64, right: u64, size: usize) -> u64 {
     // SAFETY: compares registers and reads the flags through the stack.
     unsafe {
         match size {
-            1 => std::arch::asm!("cmp {0:l}, {1:l}", "pushfq", "pop {2}", in(reg) left, in(reg) right, out(reg) out),
-            2 => std::arch::asm!("cmp {0:x}, {1:x}", "pushfq", "pop {2}", in(reg) left, in(reg) right, out(reg) out),
-            4 => std::arch::asm!("cmp {0:e}, {1:e}", "pushfq", "pop {2}", in(reg) left, in(reg) right, out(reg) out),
-            _ => std::arch::asm!("cmp {0}, {1}", "pushfq", "pop {2}", in(reg) left, in(reg) right, out(reg) out),
+            1 => {
+                std::arch::asm!("cmp {0:l}, {1:l}", "pushfq", "pop {2}", in(reg) left, in(reg) right, out(reg) out)
+            }
+            2 => {
+                std::arch::asm!("cmp {0:x}, {1:x}", "pushfq", "pop {2}", in(reg) left, in(reg) right, out(reg) out)
+            }
+            4 => {
+                std::arch::asm!("cmp {0:e}, {1:e}", "pushfq", "pop {2}", in(reg) left, in(reg) right, out(reg) out)
+            }
+            _ => {
+                std::arch::asm!("cmp {0}, {1}", "pushfq", "pop {2}", in(reg) left, in(reg) right, out(reg) out)
+            }
         }
     }
     out & flags::ARITH
@@ -243,8 +293,14 @@ fn pages_that_the_soft_tlb_holds_are_used_as_they_are() {
     machine.put(DATA, b"0123456789abcdef");
     // Entries as translated code would have left them: loads from DATA's page, stores to the next one.
     let mut pending = None;
-    for (at, access) in [(DATA, crate::mmu::OperandAccess::Read), (DATA + 4096, crate::mmu::OperandAccess::Write)] {
-        machine.exec().slow_access(at, 8, access, false, false, &mut pending).unwrap();
+    for (at, access) in [
+        (DATA, crate::mmu::OperandAccess::Read),
+        (DATA + 4096, crate::mmu::OperandAccess::Write),
+    ] {
+        machine
+            .exec()
+            .slow_access(at, 8, access, false, false, &mut pending)
+            .unwrap();
     }
     assert!(pending.is_none());
     // The walk would fault now; only the TLB knows the pages.

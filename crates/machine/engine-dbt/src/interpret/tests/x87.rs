@@ -152,7 +152,10 @@ fn fxsave_leaves_the_software_bytes_alone_and_fxrstor_checks_mxcsr() {
     machine.run(&[0x48, 0x0f, 0xae, 0x01]).unwrap();
     assert_eq!((machine.u64(DATA + 400), machine.u64(DATA + 408)), (1, 2));
     assert_eq!(machine.bytes::<96>(DATA + 416), [0xee; 96]);
-    assert_eq!(machine.bytes::<8>(DATA + 24), [0x80, 0x1f, 0, 0, 0xff, 0xff, 0, 0]);
+    assert_eq!(
+        machine.bytes::<8>(DATA + 24),
+        [0x80, 0x1f, 0, 0, 0xff, 0xff, 0, 0]
+    );
     machine.cpu.ymm.0[15] = [0; 4];
     machine.run(&[0x0f, 0xae, 0x09]).unwrap();
     assert_eq!(machine.cpu.ymm.0[15], [1, 2, 0, 0]);
@@ -174,7 +177,10 @@ fn live_state_in_the_hosts_unit_is_the_guests() {
     machine.put(DATA, &[0x7f, 0x0c]);
     let restored = machine.run(&[0x48, 0x0f, 0xae, 0x09]);
     machine.cpu.store_fpu();
-    assert_eq!((saved, restored, word), (Ok(Next::Continue), Ok(Next::Continue), 0x27f));
+    assert_eq!(
+        (saved, restored, word),
+        (Ok(Next::Continue), Ok(Next::Continue), 0x27f)
+    );
     assert_eq!(machine.bytes::<128>(DATA + 32), expected);
     assert_eq!(machine.cpu.fx.0[..2], [0x7f, 0x0c]);
 }
@@ -182,8 +188,12 @@ fn live_state_in_the_hosts_unit_is_the_guests() {
 #[test]
 fn control_registers_switch_vector_instructions_off() {
     let mut machine = Machine::new();
-    let (x87, mmx, sse, avx): (&[u8], &[u8], &[u8], &[u8]) =
-        (&[0xd9, 0x30], &[0x0f, 0xf7, 0xc1], &[0x66, 0x0f, 0xf7, 0xc1], &[0xc5, 0xf9, 0xf7, 0xc1]);
+    let (x87, mmx, sse, avx): (&[u8], &[u8], &[u8], &[u8]) = (
+        &[0xd9, 0x30],
+        &[0x0f, 0xf7, 0xc1],
+        &[0x66, 0x0f, 0xf7, 0xc1],
+        &[0xc5, 0xf9, 0xf7, 0xc1],
+    );
     (machine.cpu.gpr[0], machine.cpu.gpr[7]) = (DATA, DATA);
     for bytes in [x87, mmx, sse, avx] {
         machine.run(bytes).unwrap();
