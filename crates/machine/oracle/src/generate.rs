@@ -1,0 +1,228 @@
+//! Random cases: a sequence of instructions, and a state in which it does something worth seeing.
+
+mod encode;
+mod values;
+
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
+use strata_engine::x86::CpuModel;
+use strata_engine_dbt::table::FeatureSet;
+
+use crate::exclude;
+use crate::layout::{CASE_ROOM, CASE_SHIFT, DATA, PAGE, TAIL, Template};
+use crate::rng::Rng;
+use crate::state::State;
+
+use encode::Shape;
+pub use values::{fill_page, hot_address};
+
+/// One case before it runs.
+#[derive(Clone)]
+pub struct Program {
+    /// Linear address of the first byte.
+    pub start: u64,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// The instructions in order.
+    pub instructions: Vec<Instruction>,
+    /// Where it starts from.
+    pub init: State,
+}
+
+impl Program {
+    /// Linear address behind the last byte.
+    pub fn end(&self) -> u64 {
+        self.start + self.bytes.len() as u64
+    }
+
+    /// The same case with instruction `n` replaced by NOPs.
+    pub fn without(&self, n: usize) -> Program {
+        let mut less = self.clone();
+        let instr = less.instructions[n];
+        let at = (instr.ip() - self.start) as usize;
+        less.bytes[at..at + instr.len()].fill(0x90);
+        less
+    }
+}
+
+/// What cases are made from.
+pub struct Generator {
+    shapes: Vec<Shape>,
+    /// Indices of shapes without vector or x87 operands, so that those get their share.
+    plain: Vec<usize>,
+    features: FeatureSet,
+}
+
+impl Generator {
+    /// A generator for everything that `model` has.
+    pub fn new(model: &CpuModel) -> Generator {
+        let features = FeatureSet::of(model);
+        let shapes: Vec<Shape> = valid_codes(&features).filter_map(Shape::of).collect();
+        let plain = (0..shapes.len()).filter(|&i| !shapes[i].vector).collect();
+        Generator {
+            shapes,
+            plain,
+            features,
+        }
+    }
+
+    /// What the model has.
+    pub fn features(&self) -> &FeatureSet {
+        &self.features
+    }
+
+    /// The codes that are generated, and whether with memory and with register operands.
+    pub fn forms(&self) -> impl Iterator<Item = (Code, bool, bool)> + '_ {
+        self.shapes
+            .iter()
+            .map(|shape| (shape.code, shape.memory, shape.register))
+    }
+
+    /// Tries to make `code`, without running it.
+    pub fn makes(&self, rng: &mut Rng, code: Code) -> bool {
+        self.shapes
+            .iter()
+            .filter(|shape| shape.code == code)
+            .any(|shape| {
+                (0..3000).any(|_| {
+                    let bytes = shape.bytes(rng);
+                    let instr = Decoder::with_ip(64, &bytes, 0, DecoderOptions::NONE).decode();
+                    instr.code() == code
+                        && exclude::instruction(&instr, &bytes[..instr.len()]).is_none()
+                })
+            })
+    }
+
+    /// One case for the room at `room`, see [`crate::layout`].
+    pub fn program(&self, rng: &mut Rng, room: u64, template: &Template) -> Program {
+        let count = if rng.chance(50) { 1 } else { 1 + rng.below(8) };
+        // Now and then across a page end, else anywhere in the first half.
+        let base = room + CASE_SHIFT;
+        let to_page_end = base.next_multiple_of(PAGE) - base;
+        let start = if to_page_end < CASE_ROOM && to_page_end > 0 && rng.chance(70) {
+            base + to_page_end - rng.below(to_page_end.min(24)).min(to_page_end)
+        } else {
+            base + rng.below(CASE_ROOM - 8 * 15 - TAIL as u64 - 1)
+        };
+        let mut program = Program {
+            start,
+            bytes: Vec::with_capacity(64),
+            instructions: Vec::new(),
+            init: State::ZERO,
+        };
+        let limit = (base + CASE_ROOM - start) as usize - TAIL;
+        for _ in 0..count {
+            let ip = program.end();
+            let Some((bytes, instr)) = self.instruction(rng, ip) else {
+                continue;
+            };
+            if program.bytes.len() + bytes.len() > limit {
+                break;
+            }
+            program.bytes.extend_from_slice(&bytes);
+            program.instructions.push(instr);
+            if instr.is_invalid() {
+                break;
+            }
+        }
+        self.aim_branches(rng, &mut program);
+        values::state(rng, &mut program, template);
+        program
+    }
+
+    /// A case of these bytes from a random state.
+    pub fn given(&self, rng: &mut Rng, start: u64, bytes: &[u8], template: &Template) -> Program {
+        let instructions = Decoder::with_ip(64, bytes, start, DecoderOptions::NONE)
+            .into_iter()
+            .collect();
+        let mut program = Program {
+            start,
+            bytes: bytes.to_vec(),
+            instructions,
+            init: State::ZERO,
+        };
+        values::state(rng, &mut program, template);
+        program
+    }
+
+    /// One instruction at `ip` that may be run natively.
+    fn instruction(&self, rng: &mut Rng, ip: u64) -> Option<(Vec<u8>, Instruction)> {
+        for _ in 0..20 {
+            let mut bytes = if rng.chance(4) {
+                (0..15).map(|_| rng.byte()).collect()
+            } else {
+                let shape = if rng.chance(45) {
+                    &self.shapes[rng.pick(&self.plain)]
+                } else {
+                    &self.shapes[rng.below(self.shapes.len() as u64) as usize]
+                };
+                shape.bytes(rng)
+            };
+            let mut decoder = Decoder::with_ip(64, &bytes, ip, DecoderOptions::NONE);
+            let instr = decoder.decode();
+            if instr.is_invalid() {
+                if rng.chance(3) && exclude::invalid(&bytes).is_none() {
+                    return Some((bytes, instr));
+                }
+                continue;
+            }
+            let offsets = decoder.get_constant_offsets(&instr);
+            bytes.truncate(instr.len());
+            encode::tame(rng, &mut bytes, &instr, &offsets);
+            let instr = Decoder::with_ip(64, &bytes, ip, DecoderOptions::NONE).decode();
+            if instr.is_invalid() || exclude::instruction(&instr, &bytes).is_some() {
+                continue;
+            }
+            if !self.features.allows(instr.code()) {
+                continue;
+            }
+            return Some((bytes, instr));
+        }
+        None
+    }
+
+    /// Points direct branches forward to the start of a later instruction, or now and then to nowhere.
+    fn aim_branches(&self, rng: &mut Rng, program: &mut Program) {
+        let starts: Vec<u64> = program
+            .instructions
+            .iter()
+            .map(Instruction::ip)
+            .chain([program.end()])
+            .collect();
+        for i in 0..program.instructions.len() {
+            let instr = program.instructions[i];
+            let Some(width) = encode::branch_width(&instr) else {
+                continue;
+            };
+            let later = &starts[i + 1..];
+            let target = if width == 4 && rng.chance(3) {
+                DATA + PAGE * 100 + rng.below(1 << 20)
+            } else {
+                rng.pick(later)
+            };
+            let at = (instr.next_ip() - program.start) as usize;
+            let rel = target.wrapping_sub(instr.next_ip());
+            program.bytes[at - width..at].copy_from_slice(&rel.to_le_bytes()[..width]);
+            let from = (instr.ip() - program.start) as usize;
+            program.instructions[i] = Decoder::with_ip(
+                64,
+                &program.bytes[from..at],
+                instr.ip(),
+                DecoderOptions::NONE,
+            )
+            .decode();
+        }
+    }
+}
+
+/// Every code of 64-bit mode that the model has and that is not left out.
+pub fn valid_codes(features: &FeatureSet) -> impl Iterator<Item = Code> + '_ {
+    Code::values().filter(move |&code| {
+        let op = code.op_code();
+        op.is_instruction()
+            && op.intel_decoder64()
+            && !op.fwait()
+            && code.mnemonic() != Mnemonic::INVALID
+            && features.allows(code)
+            && exclude::code(code).is_none()
+    })
+}

@@ -1,0 +1,110 @@
+//! A fixed slice of the campaign, what once failed, and the list of what is not exercised.
+
+use strata_oracle::campaign::{Campaign, describe};
+use strata_oracle::coverage::gaps;
+use strata_oracle::generate::Generator;
+use strata_oracle::guest::model;
+use strata_oracle::rng::Rng;
+
+fn campaign(seed: u64) -> Campaign {
+    Campaign::new(seed).expect("both sides start")
+}
+
+#[test]
+fn a_slice_of_the_campaign() {
+    for seed in [1, 2, 3] {
+        let mut campaign = campaign(seed);
+        for batch in 0..1500 {
+            if let Some(found) = campaign.batch(batch).expect("both sides live").first() {
+                panic!(
+                    "seed {seed} batch {batch} case {}{}{}",
+                    found.case,
+                    found.text,
+                    describe(&found.program)
+                );
+            }
+        }
+    }
+}
+
+/// Instructions that were once wrong, each from many states.
+#[test]
+fn what_once_failed() {
+    let once: &[(&[u8], &str)] = &[
+        (
+            &[0x86, 0xe5],
+            "xchg ch, ah: one high byte overwrote the other",
+        ),
+        (&[0x86, 0xcd], "xchg ch, cl"),
+        (
+            &[0x66, 0x0f, 0x38, 0x38, 0x1a],
+            "pminsb xmm3, [rdx]: #GP for alignment comes before #PF",
+        ),
+        (&[0xc5, 0xfc, 0x29, 0x23], "vmovaps [rbx], ymm4: likewise"),
+        (
+            &[0xf0, 0x48, 0x0f, 0xc7, 0x09],
+            "lock cmpxchg16b [rcx]: likewise",
+        ),
+        (
+            &[0x0f, 0x38, 0xc8, 0x0b],
+            "sha1nexte xmm1, [rbx]: alignment as the host has it",
+        ),
+        (&[0x36, 0x09, 0x3f], "or ss:[rdi], edi: #GP, not #SS"),
+        (
+            &[0xf3, 0x36, 0x48, 0xa5],
+            "rep movsq with an SS override: #GP, not #SS",
+        ),
+        (&[0x09, 0x7d, 0x00], "or [rbp], edi: #SS"),
+        (
+            &[0x49, 0x9b],
+            "fwait: the exception was reported at another instruction",
+        ),
+        (
+            &[0xda, 0x28],
+            "fisubr dword [rax]: a pending #MF comes before #PF",
+        ),
+        (&[0x0f, 0xf4, 0x23], "pmuludq mm4, [rbx]: likewise"),
+        (&[0xc3], "ret to a non-canonical address: #GP at the RET"),
+        (&[0xc2, 0x1f, 0x00], "ret 31: likewise"),
+        (&[0x41, 0xff, 0xd0], "call r8: likewise"),
+        (&[0xff, 0xe3], "jmp rbx: likewise"),
+        (
+            &[0x66, 0x40, 0x63, 0xb9, 0x03, 0, 0, 0],
+            "movsxd di, [rcx+3]: reads four bytes",
+        ),
+        (&[0x0f, 0xf7, 0xfb], "maskmovq mm7, mm3: enters MMX state"),
+    ];
+    let mut campaign = campaign(7);
+    for (bytes, what) in once {
+        if let Some(found) = campaign.bytes(bytes).expect("both sides live").first() {
+            panic!("{what}:{}{}", found.text, describe(&found.program));
+        }
+    }
+}
+
+/// Every code that the model has in 64-bit mode is generated, or stands in the list with its reason.
+#[test]
+fn every_code_is_generated_or_listed() {
+    let generator = Generator::new(&model().expect("a model"));
+    let listed = include_str!("../coverage-gaps.txt");
+    for (code, reason) in gaps(generator.features()) {
+        let line = format!("{code:?}: {reason}");
+        assert!(
+            listed.lines().any(|l| l == line),
+            "not in coverage-gaps.txt: {line}"
+        );
+    }
+    let mut rng = Rng::new(1, 1);
+    let never: Vec<_> = generator
+        .forms()
+        .map(|form| form.0)
+        .filter(|&code| !generator.makes(&mut rng, code))
+        .collect();
+    assert!(never.is_empty(), "never generated: {never:?}");
+    for (code, ..) in generator.forms() {
+        assert!(
+            !listed.lines().any(|l| l.starts_with(&format!("{code:?}:"))),
+            "{code:?} is listed, but generated"
+        );
+    }
+}
