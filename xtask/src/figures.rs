@@ -26,10 +26,14 @@ const GUEST_MEMORY: &str = "memfd:strata-";
 pub fn run(arguments: &FiguresArguments) -> Result<ExitCode> {
     let strata = guest::build_strata(true)?;
     guest::build_tiny(&strata)?;
-    let size = fs::metadata(&strata)
-        .with_context(|| format!("cannot look at {}", strata.display()))?
-        .len();
-    println!("size of the binary: {}", mebibytes(size));
+    let binary = fs::read(&strata).with_context(|| format!("cannot read {}", strata.display()))?;
+    let (code, symbols) =
+        sizes(&binary).with_context(|| format!("{} is no ELF file", strata.display()))?;
+    println!(
+        "size of the binary: {}, and {} of symbols for stack traces",
+        mebibytes(code),
+        mebibytes(symbols)
+    );
     println!(
         "memory beyond the guest's RAM, after boot: {}",
         mebibytes(memory(&strata)?)
@@ -58,6 +62,29 @@ pub fn run(arguments: &FiguresArguments) -> Result<ExitCode> {
         None => println!("translation of one guest instruction: not told by this strata"),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The bytes of an ELF file that are loaded when it runs, and the rest (System V ABI, "Program Header").
+fn sizes(binary: &[u8]) -> Option<(u64, u64)> {
+    const LOAD: u64 = 1;
+    let number = |at: usize, bytes: usize| -> Option<u64> {
+        let field = binary.get(at..at.checked_add(bytes)?)?;
+        Some(
+            field
+                .iter()
+                .rev()
+                .fold(0, |value, byte| value << 8 | u64::from(*byte)),
+        )
+    };
+    let (first, size, count) = (number(0x20, 8)?, number(0x36, 2)?, number(0x38, 2)?);
+    let mut loaded = 0;
+    for index in 0..count {
+        let header = usize::try_from(first + index * size).ok()?;
+        if number(header, 4)? == LOAD {
+            loaded += number(header + 0x20, 8)?;
+        }
+    }
+    Some((loaded, (binary.len() as u64).checked_sub(loaded)?))
 }
 
 fn mebibytes(bytes: u64) -> String {
@@ -158,6 +185,15 @@ mod tests {
         let smaps = "7f00-7f10 rw-p 0 00:00 0 [heap]\nSize: 8 kB\nPss:    4 kB\nPss_Dirty: 9 kB\nVmFlags: rd\n\
             7f20-7f30 rw-s 0 00:01 5 /memfd:strata-ram (deleted)\nPss: 1000 kB\n7f40-7f50 r-xp 0 08:01 9 /bin/strata\nPss: 2 kB\n";
         assert_eq!(resident_beyond_guest(smaps), 6 << 10);
+    }
+
+    #[test]
+    fn a_binary_has_a_loaded_part() {
+        let test = fs::read(std::env::current_exe().unwrap()).unwrap();
+        let (loaded, rest) = sizes(&test).unwrap();
+        assert_eq!(loaded + rest, test.len() as u64);
+        assert!(loaded > 1 << 16);
+        assert_eq!(sizes(b"text"), None);
     }
 
     #[test]
