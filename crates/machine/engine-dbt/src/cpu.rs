@@ -372,7 +372,7 @@ impl std::ops::DerefMut for Context {
 
 impl Cpu {
     /// A vCPU in its state after reset (Intel SDM vol. 3, table 10-1), on the heap because of its size.
-    pub fn new() -> Box<Context> {
+    pub fn boxed() -> Box<Context> {
         // SAFETY: all fields are integers, arrays of integers or bools, for which zero is a valid value.
         let mut cpu: Box<Context> = unsafe { Box::new_zeroed().assume_init() };
         cpu.tlb_mask = (TLB_ENTRIES as u64 - 1) << 12;

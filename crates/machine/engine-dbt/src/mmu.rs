@@ -679,7 +679,9 @@ impl Exec<'_> {
             self.linear(segment, linear.wrapping_sub(base) & 0xffff_ffff, size, kind)?;
         }
         let boundary = if size == 10 { 8 } else { size as u64 };
-        if self.cpu.alignment_checked() && matches!(size, 2 | 4 | 8 | 10) && linear % boundary != 0
+        if self.cpu.alignment_checked()
+            && matches!(size, 2 | 4 | 8 | 10)
+            && !linear.is_multiple_of(boundary)
         {
             self.probe(linear, size, kind)?;
             return Err(Fault {
@@ -833,13 +835,13 @@ unsafe fn copy_from_guest(host: *const u8, into: &mut [u8]) {
     // SAFETY: the caller's promise; volatile accesses tolerate concurrent guest stores.
     unsafe {
         match into.len() {
-            4 if host.addr() % 4 == 0 => {
+            4 if host.addr().is_multiple_of(4) => {
                 into.copy_from_slice(&host.cast::<u32>().read_volatile().to_ne_bytes())
             }
-            8 if host.addr() % 8 == 0 => {
+            8 if host.addr().is_multiple_of(8) => {
                 into.copy_from_slice(&host.cast::<u64>().read_volatile().to_ne_bytes())
             }
-            2 if host.addr() % 2 == 0 => {
+            2 if host.addr().is_multiple_of(2) => {
                 into.copy_from_slice(&host.cast::<u16>().read_volatile().to_ne_bytes())
             }
             len => std::ptr::copy_nonoverlapping(host, into.as_mut_ptr(), len),
@@ -855,10 +857,10 @@ unsafe fn copy_to_guest(host: *mut u8, from: &[u8]) {
     // SAFETY: the caller's promise.
     unsafe {
         match (from.len(), from.try_into(), from.try_into()) {
-            (8, Ok(bytes), _) if host.addr() % 8 == 0 => {
+            (8, Ok(bytes), _) if host.addr().is_multiple_of(8) => {
                 host.cast::<u64>().write_volatile(u64::from_ne_bytes(bytes))
             }
-            (4, _, Ok(bytes)) if host.addr() % 4 == 0 => {
+            (4, _, Ok(bytes)) if host.addr().is_multiple_of(4) => {
                 host.cast::<u32>().write_volatile(u32::from_ne_bytes(bytes))
             }
             (len, _, _) => std::ptr::copy_nonoverlapping(from.as_ptr(), host, len),

@@ -38,6 +38,9 @@ pub struct Translated {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct NeedsNextPage;
 
+/// The bytes of an instruction to run a second copy of, and where in them it may fault.
+pub(super) type Copied = (Vec<u8>, Option<(usize, FaultPoint)>);
+
 /// Code that is only reached when something is not as usual, emitted after the block.
 pub(super) enum Cold {
     /// A memory operand missed the TLB.
@@ -49,7 +52,7 @@ pub(super) enum Cold {
         /// Where to go on.
         back: Here,
         /// For stores: the instruction to run here, its fault point, and then commit.
-        op: Option<(Vec<u8>, Option<(usize, FaultPoint)>)>,
+        op: Option<Copied>,
     },
     /// A direct jump.
     Goto {

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Register};
 
-use super::block::{Builder, Cold};
+use super::block::{Builder, Cold, Copied};
 use super::operand::host_register;
 use crate::asm::reg::{R10, R11, RCX};
 use crate::code::{FaultPoint, MemSite};
@@ -216,7 +216,7 @@ impl Builder<'_> {
         from: crate::asm::Here,
         site: u32,
         back: crate::asm::Here,
-        op: Option<(Vec<u8>, Option<(usize, FaultPoint)>)>,
+        op: Option<Copied>,
     ) {
         self.asm.patch_here(from);
         self.asm.mov_imm(RCX, u64::from(site));

@@ -100,7 +100,7 @@ impl Machine {
         };
         let code = CodeMap::new().unwrap();
         let mut machine = Machine {
-            cpu: Cpu::new(),
+            cpu: Cpu::boxed(),
             env,
             bus: Ports::default(),
             code,

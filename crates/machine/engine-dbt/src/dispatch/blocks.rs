@@ -1,0 +1,214 @@
+//! From RIP to host code: the jump cache, the code map, the translator, and links between blocks.
+
+use super::*;
+
+impl Translated {
+    /// The block at RIP, translated if need be.
+    pub(super) fn find(
+        &mut self,
+        mode: Mode,
+        bus: &dyn IoBus,
+    ) -> Result<Result<(u32, Key, bool), Fault>, EngineError> {
+        let cs_base = if mode.bits() == 64 {
+            0
+        } else {
+            self.cpu.segments[1].base
+        };
+        let rip = self.cpu.rip;
+        let mut linear = rip.wrapping_add(cs_base);
+        if mode.bits() == 64 {
+            if !canonical(rip) {
+                return Ok(Err(Fault::protection(0)));
+            }
+        } else {
+            linear &= 0xffff_ffff;
+        }
+        if mode.bits() != 64 && rip > u64::from(self.cpu.segments[1].limit) {
+            return Ok(Err(Fault::protection(0)));
+        }
+        let user = mode.user();
+        let (gpa, global) = match self.exec(bus).translate(linear, Access::Fetch, user) {
+            Ok(to) => (to.gpa, to.global),
+            Err(fault) => return Ok(Err(fault)),
+        };
+        let key = Key {
+            gpa,
+            rip,
+            cs_base,
+            mode: mode.0,
+        };
+        if let Some(id) = self.code.find(&key) {
+            let second = self.code.block(id).and_then(|block| block.second_page);
+            let Some(expected) = second else {
+                return Ok(Ok((id, key, global)));
+            };
+            let next = (linear & !0xfff).wrapping_add(4096);
+            match self.exec(bus).translate(next, Access::Fetch, user) {
+                Ok(to) if to.gpa >> 12 == expected => return Ok(Ok((id, key, global))),
+                Ok(_) => {
+                    self.code
+                        .written(gpa, 1, &mut self.cpu, &self.env.memory, &mut self.env.stats);
+                }
+                Err(fault) => return Ok(Err(fault)),
+            }
+        }
+        Ok(self
+            .translate_block(key, linear, user, bus)?
+            .map(|id| (id, key, global)))
+    }
+
+    pub(super) fn translate_block(
+        &mut self,
+        key: Key,
+        linear: u64,
+        user: bool,
+        bus: &dyn IoBus,
+    ) -> Result<Result<u32, Fault>, EngineError> {
+        let started = Instant::now();
+        if self.code.full() {
+            self.code
+                .flush(&mut self.cpu, &self.env.memory, &mut self.env.stats);
+            self.generation += 1;
+        }
+        let mut bytes = [0xffu8; 4096 + 16];
+        let in_page = 4096 - (linear & 0xfff) as usize;
+        let (head, tail) = bytes.split_at_mut(in_page);
+        // Memory that is not there reads as ones, as on a bus that nobody answers.
+        let _ = self.env.memory.read(Gpa(key.gpa), head);
+        let fetch = Fetch {
+            bytes: head,
+            in_page,
+        };
+        let mut second_page = None;
+        let done = match translate(
+            key,
+            fetch,
+            &mut self.code,
+            &self.stubs,
+            &self.features,
+            self.options,
+        ) {
+            Ok(done) => done,
+            Err(_) => {
+                let next = (linear & !0xfff).wrapping_add(4096);
+                let gpa = match self.exec(bus).translate(next, Access::Fetch, user) {
+                    Ok(to) => to.gpa,
+                    Err(fault) => return Ok(Err(fault)),
+                };
+                if let Some(more) = tail.get_mut(..15) {
+                    let _ = self.env.memory.read(Gpa(gpa), more);
+                }
+                second_page = Some(gpa >> 12);
+                let all = bytes.get(..in_page + 15).unwrap_or(&[]);
+                let fetch = Fetch {
+                    bytes: all,
+                    in_page,
+                };
+                match translate(
+                    key,
+                    fetch,
+                    &mut self.code,
+                    &self.stubs,
+                    &self.features,
+                    self.options,
+                ) {
+                    Ok(done) => done,
+                    Err(_) => {
+                        return Err(EngineError::Internal(
+                            "an instruction longer than 15 bytes".into(),
+                        ));
+                    }
+                }
+            }
+        };
+        let second_page = second_page.filter(|_| done.len as usize > in_page);
+        let id = self.code.insert(
+            key,
+            done.len,
+            second_page,
+            &done.code,
+            &done.links,
+            &done.points,
+            &self.env.memory,
+            &mut self.cpu,
+        )?;
+        let stats = &mut self.env.stats;
+        stats.blocks_translated += 1;
+        stats.instructions_translated += u64::from(done.instructions);
+        stats.translation_ns += u64::try_from(started.elapsed().as_nanos()).unwrap_or(0);
+        Ok(Ok(id))
+    }
+
+    /// The code at RIP, if the jump cache knows it: what is in there needs no walk.
+    pub(super) fn recall(&self, mode: Mode) -> Option<u64> {
+        let privilege = usize::from(mode.user());
+        let cs_base = if mode.bits() == 64 {
+            0
+        } else {
+            self.cpu.segments[1].base
+        };
+        if mode.is_single() || self.cached_mode.get(privilege) != Some(&(mode, cs_base)) {
+            return None;
+        }
+        self.cpu.jump.get(privilege)?.get(self.cpu.rip)
+    }
+
+    /// Enters a block in the jump cache of its privilege.
+    pub(super) fn remember(&mut self, mode: Mode, block: u32, key: Key, global: bool) {
+        let Some(block) = self.code.block(block) else {
+            return;
+        };
+        if mode.is_single() {
+            return;
+        }
+        let privilege = usize::from(mode.user());
+        let (Some(cached), Some(jump)) = (
+            self.cached_mode.get_mut(privilege),
+            self.cpu.jump.get_mut(privilege),
+        ) else {
+            return;
+        };
+        if *cached != (mode, key.cs_base) {
+            *cached = (mode, key.cs_base);
+            jump.clear();
+        }
+        let linear = key.rip.wrapping_add(key.cs_base);
+        jump.set(
+            key.rip,
+            linear,
+            block.second_page.is_some(),
+            global,
+            self.code.address(block.entry),
+        );
+    }
+
+    /// A direct jump came here for the first time: points it at its target if both lie in one page.
+    pub(super) fn follow_link(&mut self, bus: &dyn IoBus) -> Result<Option<Exit>, EngineError> {
+        let number = self.cpu.exit_info as u32;
+        let Some(link) = self.code.link(number) else {
+            return Err(EngineError::Internal("a jump that is not known".into()));
+        };
+        self.cpu.rip = link.target.rip;
+        if link.target.gpa == u64::MAX || self.cpu.request_bits() != 0 {
+            return Ok(None);
+        }
+        let generation = self.generation;
+        match self.find(Mode(link.target.mode), bus)? {
+            Err(fault) => Ok(self.raise(bus, fault)),
+            Ok((id, key, _)) => {
+                let whole = self
+                    .code
+                    .block(id)
+                    .is_some_and(|block| block.second_page.is_none());
+                if generation == self.generation
+                    && key == link.target
+                    && whole
+                    && !self.code.is_dead_link(number)
+                {
+                    self.code.connect(number, id);
+                }
+                Ok(None)
+            }
+        }
+    }
+}
