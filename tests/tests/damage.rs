@@ -199,6 +199,57 @@ fn a_read_only_disk_is_read_and_not_changed() {
 }
 
 #[test]
+fn what_a_guest_writes_to_a_disk_is_in_its_file() {
+    if !ready(Need::Machine) {
+        return;
+    }
+    let files = Files::new();
+    let disk = files.write("disk", &vec![0; 4 << 20]);
+    let bytes = random_bytes(4 << 20, 29);
+    let argument = shared().seen(&disk).display().to_string();
+    Strata::new()
+        .args([
+            "run",
+            "tiny",
+            "--disk",
+            &argument,
+            "--",
+            "sh",
+            "-c",
+            "cat > /dev/vda && sync",
+        ])
+        .stdin(bytes.clone())
+        .run()
+        .expect(0);
+    assert_eq!(
+        sha256(&fs::read(&disk).expect("it is still there")),
+        sha256(&bytes)
+    );
+}
+
+#[test]
+fn no_run_writes_to_an_image() {
+    if !ready(Need::Machine) {
+        return;
+    }
+    let (kernel, initrd) = shared().tiny_files_here();
+    let digests =
+        || [&kernel, &initrd].map(|path| sha256(&fs::read(path).expect("it is in the cache")));
+    let before = digests();
+    Strata::tiny([
+        "sh",
+        "-c",
+        "echo changed > /etc/changed; rm -rf /bin/* /lib/*; sync",
+    ])
+    .run()
+    .expect(0);
+    assert_eq!(digests(), before);
+    Strata::tiny(["test", "!", "-e", "/etc/changed"])
+        .run()
+        .expect(0);
+}
+
+#[test]
 fn disks_of_odd_sizes_are_taken_or_refused() {
     if !ready(Need::Machine) {
         return;

@@ -159,3 +159,21 @@ fn a_running_machine_tells_its_statistics() {
     session.send("poweroff\n");
     session.finish();
 }
+
+#[test]
+fn a_killed_machine_leaves_its_name_free() {
+    if !ready(Need::Machine) {
+        return;
+    }
+    let named = || Strata::new().args(["run", "tiny", "--name", "killed-one"]);
+    let mut session = Session::start(&named());
+    session.expect(PROMPT);
+    let taken = named().args(["--", "true"]).run();
+    assert!(
+        taken.code().is_some_and(|code| code != 0),
+        "a name is for one machine at a time"
+    );
+    session.signal("KILL");
+    assert_eq!(session.finish().0.code(), None);
+    named().args(["--", "true"]).run().expect(0);
+}
