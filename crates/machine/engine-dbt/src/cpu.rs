@@ -14,6 +14,7 @@ pub const JUMP_ENTRIES: usize = 4096;
 
 /// Tags of an empty soft TLB. A tag "hits" the addresses of its page and the few bytes below it, so the empty tag of
 /// entry `i` names a page whose own index is half the table away from `i`: no address at all hits an empty entry.
+#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler")]
 static EMPTY_TLB: [u64; TLB_ENTRIES] = {
     let mut tags = [0; TLB_ENTRIES];
     let mut i = 0;
@@ -25,6 +26,7 @@ static EMPTY_TLB: [u64; TLB_ENTRIES] = {
 };
 
 /// Tags of an empty jump cache: the address that would hit entry `i` has another index.
+#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler")]
 static EMPTY_JUMP: [u64; JUMP_ENTRIES] = {
     let mut tags = [0; JUMP_ENTRIES];
     let mut i = 0;

@@ -63,6 +63,10 @@ pub fn install() -> Result<(), EngineError> {
     }
 }
 
+#[allow(
+    clippy::indexing_slicing,
+    reason = "constant indices below the length of gregs"
+)]
 extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let frame = FRAME.get();
     // SAFETY: the kernel passes a valid ucontext; FRAME is null or points at the frame of the run loop below us on
