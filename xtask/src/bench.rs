@@ -3,7 +3,7 @@
 //! Every turn runs every class on each machine, so that a busy moment of the host hits all of them; a class counts with
 //! its best turn. Each result's checksum is compared with the native one. A class that fails stands in the table as failed.
 
-mod initrd;
+pub mod initrd;
 mod machine;
 mod report;
 
@@ -40,6 +40,9 @@ pub struct BenchArguments {
     /// The `strata` to measure; by default it is built in release mode.
     #[arg(long)]
     strata: Option<PathBuf>,
+    /// The engine that `strata` uses.
+    #[arg(long, default_value = "translate")]
+    engine: String,
     /// Further arguments for `strata run`, separated by blanks.
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     strata_arguments: String,
@@ -79,6 +82,7 @@ pub fn run(arguments: &BenchArguments) -> Result<ExitCode> {
         },
         program,
         strata,
+        engine: arguments.engine.clone(),
         strata_arguments: arguments
             .strata_arguments
             .split_whitespace()

@@ -100,7 +100,16 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 fn timed_run(strata: &Path) -> Result<Value> {
     let mut command = shell::command(strata);
     command
-        .args(["run", "tiny", "--timings", "--print-stats", "--", "true"])
+        .args([
+            "run",
+            "--engine",
+            "translate",
+            "tiny",
+            "--timings",
+            "--print-stats",
+            "--",
+            "true",
+        ])
         .stdin(Stdio::null());
     let output = command
         .output()
@@ -131,7 +140,16 @@ fn find_number(value: &Value, key: &str) -> Option<f64> {
 fn memory(strata: &Path) -> Result<u64> {
     let mut command: Command = shell::command(strata);
     command
-        .args(["run", "tiny", "--", "sh", "-c", "echo ready; cat"])
+        .args([
+            "run",
+            "--engine",
+            "translate",
+            "tiny",
+            "--",
+            "sh",
+            "-c",
+            "echo ready; cat",
+        ])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped());
     let mut child = command

@@ -60,6 +60,7 @@ pub struct Guest {
     pub kernel: PathBuf,
     pub initrd: PathBuf,
     pub strata: PathBuf,
+    pub engine: String,
     pub strata_arguments: Vec<String>,
     /// How long to wait for the next line of output.
     pub patience: Duration,
@@ -145,15 +146,8 @@ impl Guest {
             }
             Kind::Strata => {
                 let mut command = shell::command(&self.strata);
-                command.args([
-                    "run",
-                    "--memory",
-                    "512M",
-                    "--on-reboot",
-                    "exit",
-                    "--append",
-                    &append,
-                ]);
+                command.args(["run", "--engine", &self.engine, "--memory", "512M"]);
+                command.args(["--on-reboot", "exit", "--append", &append]);
                 command
                     .arg("--kernel")
                     .arg(&self.kernel)
