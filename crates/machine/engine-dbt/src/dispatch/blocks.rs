@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// Guest bytes fetched for a block: more than its most instructions can have.
+const WINDOW: usize = 1024;
+
 impl Translated {
     /// The block at RIP, translated if need be.
     pub(super) fn find(
@@ -70,8 +73,8 @@ impl Translated {
                 .flush(&mut self.cpu, &self.env.memory, &mut self.env.stats);
             self.generation += 1;
         }
-        let mut bytes = [0xffu8; 4096 + 16];
-        let in_page = 4096 - (linear & 0xfff) as usize;
+        let mut bytes = [0xffu8; WINDOW + 16];
+        let in_page = (4096 - (linear & 0xfff) as usize).min(WINDOW);
         let (head, tail) = bytes.split_at_mut(in_page);
         // Memory that is not there reads as ones, as on a bus that nobody answers.
         let _ = self.env.memory.read(Gpa(key.gpa), head);
