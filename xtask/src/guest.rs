@@ -65,15 +65,24 @@ pub fn build_tiny(strata: &Path) -> Result<()> {
 
 /// The kernel of the image `tiny`.
 pub fn tiny_kernel(strata: &Path) -> Result<PathBuf> {
+    tiny_part(strata, "kernel")
+}
+
+/// The RAM disk of the image `tiny`.
+pub fn tiny_initrd(strata: &Path) -> Result<PathBuf> {
+    tiny_part(strata, "initrd")
+}
+
+fn tiny_part(strata: &Path, part: &str) -> Result<PathBuf> {
     build_tiny(strata)?;
     let manifest = tiny_manifest()?;
     let text = fs::read_to_string(&manifest)
         .with_context(|| format!("cannot read {}", manifest.display()))?;
     let value: Value = serde_json::from_str(&text)
         .with_context(|| format!("cannot understand {}", manifest.display()))?;
-    let digest = value["kernel"]["sha256"]
+    let digest = value[part]["sha256"]
         .as_str()
-        .with_context(|| format!("{} names no kernel", manifest.display()))?;
+        .with_context(|| format!("{} names no {part}", manifest.display()))?;
     Ok(cache()?.join("blobs/sha256").join(digest))
 }
 
@@ -82,7 +91,7 @@ fn tiny_manifest() -> Result<PathBuf> {
 }
 
 /// Where `strata` keeps images.
-fn cache() -> Result<PathBuf> {
+pub fn cache() -> Result<PathBuf> {
     let variable = |name: &str| {
         env::var_os(name)
             .filter(|value| !value.is_empty())

@@ -5,6 +5,7 @@ mod campaign;
 mod demo;
 mod figures;
 mod guest;
+mod lab;
 mod phases;
 mod setup;
 mod shell;
@@ -35,6 +36,8 @@ enum Command {
     Campaign(campaign::CampaignArguments),
     /// Measure sizes, times and memory of `strata` itself.
     Figures(figures::FiguresArguments),
+    /// Boot machines on the KVM engine inside an emulated machine that has KVM.
+    Lab(lab::LabArguments),
     /// Check the rules of the house; with `--fix`, write what can be generated.
     Tidy(tidy::TidyArguments),
 }
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Campaign(arguments) => campaign::run(&arguments),
         Command::Figures(arguments) => figures::run(&arguments),
+        Command::Lab(arguments) => lab::run(&arguments),
         Command::Tidy(arguments) => tidy::run(&arguments),
     };
     match result {

@@ -16,7 +16,7 @@ pub fn with_init(program: &Path, to: &Path) -> Result<PathBuf> {
 }
 
 /// Appends one entry: a head of hexadecimal numbers, the name, the contents, each padded to 4 bytes.
-fn push(archive: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) -> Result<()> {
+pub fn push(archive: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) -> Result<()> {
     let size = u32::try_from(contents.len()).context("the file is too large for a RAM disk")?;
     let name_size = u32::try_from(name.len() + 1)?;
     archive.extend(b"070701");

@@ -1,0 +1,347 @@
+//! `cargo xtask lab`: the KVM engine proven end to end on hosts without a usable `/dev/kvm`.
+//!
+//! QEMU's translator emulates a CPU with AMD's virtualisation; in it runs Debian's kernel with its own KVM, and in that
+//! the KVM engine: first its unit tests, then machines that boot `tiny`. Slow, and the real thing.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use serde_json::Value;
+
+use crate::bench::initrd::push;
+use crate::phases::Phases;
+use crate::{guest, setup, shell};
+
+/// Options of `cargo xtask lab`.
+#[derive(Args)]
+pub struct LabArguments {
+    /// How many CPUs the machines inside have, one run for each.
+    #[arg(long, value_delimiter = ',', default_value = "1,2")]
+    cpus: Vec<u32>,
+    /// Leave the engine's unit tests out.
+    #[arg(long)]
+    no_tests: bool,
+    /// Give up after this many seconds.
+    #[arg(long, default_value_t = 420)]
+    patience: u64,
+}
+
+/// What the script in the outer machine says when a check has passed.
+const PASS: &str = "lab: pass ";
+/// Modes of files in the RAM disk.
+const DIRECTORY: u32 = 0o040_755;
+const PROGRAM: u32 = 0o100_755;
+/// What it says last.
+const DONE: &str = "lab: done";
+
+/// Builds everything, runs the outer machine, and judges what it printed.
+pub fn run(arguments: &LabArguments) -> Result<ExitCode> {
+    let mut phases = Phases::default();
+    phases.run("set-up", || {
+        setup::ensure(setup::IMAGE_TOOLS)?;
+        setup::ensure(setup::BENCH_TOOLS)
+    })?;
+    let strata = phases.run("build strata", || guest::build_strata(false))?;
+    let tests = phases.run("build the engine's tests", || match arguments.no_tests {
+        true => Ok(None),
+        false => build_tests().map(Some),
+    })?;
+    let (kernel, initrd) = phases.run("image of the outer machine", || -> Result<_> {
+        let kernel = guest::tiny_kernel(&strata)?;
+        let tiny = guest::tiny_initrd(&strata)?;
+        let initrd = outer_initrd(arguments, &strata, tests.as_deref(), &kernel, &tiny)?;
+        Ok((kernel, initrd))
+    })?;
+    let passed = phases.run("outer machine", || {
+        watch(&kernel, &initrd, arguments.patience)
+    })?;
+    phases.print();
+    let missing: Vec<String> = checks(arguments)
+        .into_iter()
+        .filter(|check| !passed.contains(check))
+        .collect();
+    if missing.is_empty() {
+        println!("lab: PASSED: {}", passed.join(", "));
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("lab: FAILED: {}", missing.join(", "));
+    Ok(ExitCode::FAILURE)
+}
+
+/// The names of all checks, as the script prints them.
+fn checks(arguments: &LabArguments) -> Vec<String> {
+    let mut checks = Vec::new();
+    if !arguments.no_tests {
+        checks.push("unit tests".to_owned());
+    }
+    for cpus in &arguments.cpus {
+        checks.push(format!("console with {cpus} CPUs"));
+        checks.push(format!("command with {cpus} CPUs"));
+    }
+    checks
+}
+
+/// Builds the tests of the engine; returns their program.
+fn build_tests() -> Result<PathBuf> {
+    let mut command = shell::cargo();
+    command.args([
+        "test",
+        "--no-run",
+        "--message-format=json",
+        "--package",
+        "strata-engine-kvm",
+        "--lib",
+    ]);
+    let output = shell::output(&mut command)?;
+    let executable = |line: &str| {
+        let value: Value = serde_json::from_str(line).ok()?;
+        Some(PathBuf::from(value.get("executable")?.as_str()?))
+    };
+    output
+        .lines()
+        .find_map(executable)
+        .context("cargo names no test program")
+}
+
+/// The RAM disk of the outer machine: that of `tiny`, with the lab's files on top.
+fn outer_initrd(
+    arguments: &LabArguments,
+    strata: &Path,
+    tests: Option<&Path>,
+    kernel: &Path,
+    tiny: &Path,
+) -> Result<PathBuf> {
+    let read =
+        |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    // The kernel unpacks archives one after the other; later files replace earlier ones.
+    let mut archive = read(tiny)?;
+    archive.resize(archive.len().next_multiple_of(4), 0);
+    for directory in ["lab", "lab/lib", "lib64"] {
+        push(&mut archive, directory, DIRECTORY, &[])?;
+    }
+    push(&mut archive, "init", PROGRAM, script(arguments).as_bytes())?;
+    push(&mut archive, "lab/kernel", PROGRAM, &read(kernel)?)?;
+    push(&mut archive, "lab/initrd", PROGRAM, &read(tiny)?)?;
+    push(&mut archive, "lab/strata", PROGRAM, &read(strata)?)?;
+    if let Some(tests) = tests {
+        push(&mut archive, "lab/tests", PROGRAM, &read(tests)?)?;
+    }
+    for library in libraries(strata)? {
+        let name = library
+            .file_name()
+            .context("a library without a name")?
+            .to_string_lossy()
+            .into_owned();
+        // The dynamic linker is named by its whole path in every program.
+        let directory = if name.starts_with("ld-linux") {
+            "lib64"
+        } else {
+            "lab/lib"
+        };
+        push(
+            &mut archive,
+            &format!("{directory}/{name}"),
+            PROGRAM,
+            &read(&library)?,
+        )?;
+    }
+    let package = kernel_package(strata)?;
+    for module in [
+        "virt/lib/irqbypass",
+        "arch/x86/kvm/kvm",
+        "arch/x86/kvm/kvm-amd",
+    ] {
+        let name = Path::new(module)
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy();
+        let module = from_package(&package, &format!("/kernel/{module}.ko"))?;
+        push(&mut archive, &format!("lab/{name}.ko"), PROGRAM, &module)?;
+    }
+    push(&mut archive, "TRAILER!!!", 0, &[])?;
+    let directory = shell::target_dir().join("lab");
+    fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot make {}", directory.display()))?;
+    let path = directory.join("initrd");
+    fs::write(&path, archive).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+/// The first program of the outer machine.
+fn script(arguments: &LabArguments) -> String {
+    let mut script = String::from(
+        "#!/bin/sh\n\
+         export PATH=/bin LD_LIBRARY_PATH=/lab/lib HOME=/tmp XDG_RUNTIME_DIR=/run\n\
+         mount -t devtmpfs dev /dev\n\
+         exec </dev/console >/dev/console 2>&1\n\
+         mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs tmp /tmp; mount -t tmpfs run /run\n\
+         for module in irqbypass kvm kvm-amd; do insmod /lab/$module.ko || echo \"lab: no $module\"; done\n\
+         /lab/strata info\n\
+         passed() { echo \"lab: pass $1\"; }\n",
+    );
+    if !arguments.no_tests {
+        script
+            .push_str("STRATA_KVM_REQUIRED=1 /lab/tests --test-threads 1 && passed 'unit tests'\n");
+    }
+    for cpus in &arguments.cpus {
+        let run = format!(
+            "/lab/strata run --engine kvm --cpus {cpus} --kernel /lab/kernel --initrd /lab/initrd"
+        );
+        let append = "console=ttyS0 cryptomgr.notests panic=-1";
+        script.push_str(&format!(
+            "{run} --append '{append} strata.run=\"uname -a\"' >/tmp/out; code=$?\n\
+             tail -n 3 /tmp/out; grep -q \"^Linux.*$(uname -r)\" /tmp/out && [ $code = 0 ] && passed 'console with {cpus} CPUs'\n\
+             {run} --append '{append} quiet strata.agent=1' -- sh -c 'nproc; exit 7' >/tmp/out; code=$?\n\
+             echo \"exit status $code, CPUs $(cat /tmp/out)\"\n\
+             [ $code = 7 ] && [ \"$(cat /tmp/out)\" = {cpus} ] && passed 'command with {cpus} CPUs'\n",
+        ));
+    }
+    script.push_str(&format!("echo '{DONE}'\npoweroff -f\n"));
+    script
+}
+
+/// The shared libraries a program needs, the dynamic linker among them.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let output = shell::output(shell::command("ldd").arg(program))?;
+    // `NAME => PATH (ADDRESS)` or `PATH (ADDRESS)`.
+    let path = |line: &str| {
+        line.split_whitespace()
+            .find(|word| word.starts_with('/'))
+            .map(PathBuf::from)
+    };
+    Ok(output.lines().filter_map(path).collect())
+}
+
+/// The package that `tiny`'s kernel came from, in the cache that `strata` builds images with.
+fn kernel_package(strata: &Path) -> Result<PathBuf> {
+    let find = || -> Result<Option<PathBuf>> {
+        let releases = guest::cache()?.join("apt");
+        let mut found = Vec::new();
+        for release in fs::read_dir(&releases).into_iter().flatten().flatten() {
+            for package in fs::read_dir(release.path().join("packages"))
+                .into_iter()
+                .flatten()
+                .flatten()
+            {
+                let name = package.file_name().to_string_lossy().into_owned();
+                if name.starts_with("linux-image-") && name.ends_with(".deb") {
+                    found.push(package.path());
+                }
+            }
+        }
+        found.sort();
+        Ok(found.pop())
+    };
+    if let Some(package) = find()? {
+        return Ok(package);
+    }
+    // An image that came without its packages: building it fetches them.
+    shell::run(shell::command(strata).args(["image", "build", "tiny"]))?;
+    find()?.context("the image cache holds no kernel package")
+}
+
+/// One file of a package, by the end of its path.
+fn from_package(package: &Path, suffix: &str) -> Result<Vec<u8>> {
+    let mut unpack = shell::command("dpkg-deb")
+        .arg("--fsys-tarfile")
+        .arg(package)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start dpkg-deb")?;
+    let archive = unpack.stdout.take().context("dpkg-deb has no output")?;
+    let output = shell::command("tar")
+        .args(["-xO", "--wildcards"])
+        .arg(format!("*{suffix}"))
+        .stdin(archive)
+        .output()
+        .context("cannot start tar")?;
+    unpack.wait().context("cannot wait for dpkg-deb")?;
+    if !output.status.success() || output.stdout.is_empty() {
+        bail!("{} has no file *{suffix}", package.display());
+    }
+    Ok(output.stdout)
+}
+
+/// Runs the outer machine, prints its console, and returns the checks that passed.
+fn watch(kernel: &Path, initrd: &Path, patience: u64) -> Result<Vec<String>> {
+    let mut command = shell::command("timeout");
+    command.arg(patience.to_string()).arg("qemu-system-x86_64");
+    command.args([
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        "max",
+        "-smp",
+        "1",
+        "-m",
+        "3072",
+    ]);
+    command.args([
+        "-nographic",
+        "-nodefaults",
+        "-serial",
+        "stdio",
+        "-no-reboot",
+    ]);
+    command.args(["-append", "console=ttyS0 quiet cryptomgr.notests panic=-1"]);
+    command
+        .arg("-kernel")
+        .arg(kernel)
+        .arg("-initrd")
+        .arg(initrd);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = command.spawn().context("cannot start the outer machine")?;
+    let mut output = BufReader::new(
+        child
+            .stdout
+            .take()
+            .context("the outer machine has no output")?,
+    );
+    let start = Instant::now();
+    let (mut passed, mut done, mut line) = (Vec::new(), false, Vec::new());
+    while output
+        .read_until(b'\n', &mut line)
+        .is_ok_and(|length| length > 0)
+    {
+        let text: String = String::from_utf8_lossy(&line)
+            .chars()
+            .filter(|c| !c.is_control())
+            .collect();
+        println!("  {:>6.1} {text}", start.elapsed().as_secs_f64());
+        passed.extend(text.strip_prefix(PASS).map(str::to_owned));
+        done |= text == DONE;
+        line.clear();
+    }
+    child.wait().context("cannot wait for the outer machine")?;
+    if !done {
+        println!(
+            "lab: the outer machine ended early, after {} s",
+            start.elapsed().as_secs()
+        );
+    }
+    Ok(passed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_script_can_pass_every_check() {
+        let arguments = LabArguments {
+            cpus: vec![1, 3],
+            no_tests: false,
+            patience: 1,
+        };
+        let script = script(&arguments);
+        for check in checks(&arguments) {
+            assert!(script.contains(&format!("passed '{check}'")), "{check}");
+        }
+        assert!(script.contains(DONE));
+    }
+}
