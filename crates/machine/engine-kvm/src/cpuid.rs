@@ -1,6 +1,8 @@
 //! A CPU model as KVM takes it: the table of CPUID answers, and whether the host can keep its promises.
 
-use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+};
 use kvm_ioctls::{Kvm, VcpuFd};
 use strata_engine::EngineError;
 use strata_engine::x86::{CpuModel, CpuidContext};
@@ -24,16 +26,23 @@ const SUBLEAVES: &[(u32, u32)] = &[(4, 5), (7, 1), (0xb, 3), (0xd, 3)];
 
 /// Fails, naming what is missing, if KVM here cannot give guests what the model promises.
 pub fn check(kvm: &Kvm, model: &CpuModel) -> Result<(), EngineError> {
-    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("asking KVM for its CPUID"))?;
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(failed("asking KVM for its CPUID"))?;
     let find = |leaf, subleaf| {
-        let entry = supported.as_slice().iter().find(|e| e.function == leaf && e.index == subleaf);
+        let entry = supported
+            .as_slice()
+            .iter()
+            .find(|e| e.function == leaf && e.index == subleaf);
         entry.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
     };
     let mut missing = Vec::new();
     for &(leaf, subleaf, needed) in FEATURE_LEAVES {
         let (asked, there) = (model.leaf(leaf, subleaf), find(leaf, subleaf));
         let registers = ["EAX", "EBX", "ECX", "EDX"];
-        for (((register, asked), there), needed) in registers.iter().zip(asked).zip(there).zip(needed) {
+        for (((register, asked), there), needed) in
+            registers.iter().zip(asked).zip(there).zip(needed)
+        {
             // Leaf 1 has the signature in EAX and counts in EBX; the masks leave them out.
             let lacks = asked & needed & !there;
             let bits = (0..32).filter(|bit| lacks >> bit & 1 != 0);
@@ -44,7 +53,10 @@ pub fn check(kvm: &Kvm, model: &CpuModel) -> Result<(), EngineError> {
         true => Ok(()),
         false => {
             let model = model.name();
-            Err(unsupported(format!("its KVM lacks what CPU model {model} needs: {}", missing.join(", "))))
+            Err(unsupported(format!(
+                "its KVM lacks what CPU model {model} needs: {}",
+                missing.join(", ")
+            )))
         }
     }
 }
@@ -62,11 +74,27 @@ fn entries(model: &CpuModel, context: &CpuidContext) -> Vec<kvm_cpuid_entry2> {
     for first in [0, 0x4000_0000, 0x8000_0000] {
         let [last, ..] = model.cpuid(first, 0, context);
         for leaf in first..=last.min(first | 0xff) {
-            let subleaves = SUBLEAVES.iter().find(|(with, _)| *with == leaf).map(|(_, count)| *count);
+            let subleaves = SUBLEAVES
+                .iter()
+                .find(|(with, _)| *with == leaf)
+                .map(|(_, count)| *count);
             for index in 0..subleaves.unwrap_or(1) {
                 let [eax, ebx, ecx, edx] = model.cpuid(leaf, index, context);
-                let flags = if subleaves.is_some() { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
-                entries.push(kvm_cpuid_entry2 { function: leaf, index, flags, eax, ebx, ecx, edx, ..Default::default() });
+                let flags = if subleaves.is_some() {
+                    KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+                } else {
+                    0
+                };
+                entries.push(kvm_cpuid_entry2 {
+                    function: leaf,
+                    index,
+                    flags,
+                    eax,
+                    ebx,
+                    ecx,
+                    edx,
+                    ..Default::default()
+                });
             }
         }
     }
@@ -83,14 +111,28 @@ mod tests {
             eprintln!("skipped: this host's CPU is below x86-64-v3");
             return;
         };
-        let context = CpuidContext { apic_id: 3, vcpus: 4, tsc_hz: 2_000_000_000, apic_enabled: true, ..Default::default() };
+        let context = CpuidContext {
+            apic_id: 3,
+            vcpus: 4,
+            tsc_hz: 2_000_000_000,
+            apic_enabled: true,
+            ..Default::default()
+        };
         let entries = entries(&model, &context);
         assert!(entries.len() <= KVM_MAX_CPUID_ENTRIES);
         for entry in &entries {
             let answer = model.cpuid(entry.function, entry.index, &context);
-            assert_eq!([entry.eax, entry.ebx, entry.ecx, entry.edx], answer, "{entry:x?}");
+            assert_eq!(
+                [entry.eax, entry.ebx, entry.ecx, entry.edx],
+                answer,
+                "{entry:x?}"
+            );
         }
-        let has = |leaf, index| entries.iter().any(|e| (e.function, e.index) == (leaf, index));
+        let has = |leaf, index| {
+            entries
+                .iter()
+                .any(|e| (e.function, e.index) == (leaf, index))
+        };
         assert!(has(7, 0) && has(0xd, 2) && has(0x4000_0001, 0) && has(0x8000_0008, 0));
     }
 }

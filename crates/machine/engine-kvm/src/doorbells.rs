@@ -50,7 +50,10 @@ struct Bell {
 impl Doorbells {
     /// For this machine.
     pub fn new(machine: Arc<Machine>) -> Self {
-        Self { machine, inner: Mutex::default() }
+        Self {
+            machine,
+            inner: Mutex::default(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -67,10 +70,20 @@ impl Doorbells {
         }
         inner.last += 1;
         let number = inner.last;
-        let Some(listener) = &inner.listener else { return Ok(()) };
+        let Some(listener) = &inner.listener else {
+            return Ok(());
+        };
         listen(&listener.shared.epoll, &event, number)?;
-        self.bind(&event, at).map_err(failed("binding a doorbell"))?;
-        listener.shared.lock().insert(number, Bell { event, value: at.value.unwrap_or(0), target });
+        self.bind(&event, at)
+            .map_err(failed("binding a doorbell"))?;
+        listener.shared.lock().insert(
+            number,
+            Bell {
+                event,
+                value: at.value.unwrap_or(0),
+                target,
+            },
+        );
         inner.numbers.insert(at, number);
         Ok(())
     }
@@ -78,8 +91,13 @@ impl Doorbells {
     /// Takes a doorbell away. Its target may still be called by a ring that came before.
     pub fn remove(&self, at: DoorbellAddress) {
         let mut inner = self.lock();
-        let Some(number) = inner.numbers.remove(&at) else { return };
-        let bell = inner.listener.as_ref().and_then(|listener| listener.shared.lock().remove(&number));
+        let Some(number) = inner.numbers.remove(&at) else {
+            return;
+        };
+        let bell = inner
+            .listener
+            .as_ref()
+            .and_then(|listener| listener.shared.lock().remove(&number));
         if let Some(bell) = bell {
             self.unbind(&bell.event, at);
         }
@@ -103,9 +121,13 @@ impl Doorbells {
         // They were bound, so this cannot fail; closing the event would take them away as well.
         let _ = match at.value {
             None => vm.unregister_ioevent(event, &address(at), NoDatamatch),
-            Some(value) => vm.unregister_ioevent(event, &address(at), value).and_then(|()| {
-                u16::try_from(value).map_or(Ok(()), |short| vm.unregister_ioevent(event, &address(at), short))
-            }),
+            Some(value) => vm
+                .unregister_ioevent(event, &address(at), value)
+                .and_then(|()| {
+                    u16::try_from(value).map_or(Ok(()), |short| {
+                        vm.unregister_ioevent(event, &address(at), short)
+                    })
+                }),
         };
     }
 }
@@ -123,7 +145,11 @@ fn new_event() -> Result<EventFd, EngineError> {
 
 fn listen(epoll: &Epoll, event: &EventFd, number: u64) -> Result<(), EngineError> {
     epoll
-        .ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, number))
+        .ctl(
+            ControlOperation::Add,
+            event.as_raw_fd(),
+            EpollEvent::new(EventSet::IN, number),
+        )
         .map_err(|source| host("waiting for doorbells", source))
 }
 
@@ -136,11 +162,20 @@ impl Listener {
         let epoll = Epoll::new().map_err(|source| host("waiting for doorbells", source))?;
         let stop = new_event()?;
         listen(&epoll, &stop, STOP)?;
-        let shared = Arc::new(Shared { epoll, stop, bells: Mutex::default() });
+        let shared = Arc::new(Shared {
+            epoll,
+            stop,
+            bells: Mutex::default(),
+        });
         let thread = std::thread::Builder::new().name("doorbells".into());
         let mine = Arc::clone(&shared);
-        let thread = thread.spawn(move || mine.serve()).map_err(|source| host("starting a thread", source))?;
-        Ok(Listener { shared, thread: Some(thread) })
+        let thread = thread
+            .spawn(move || mine.serve())
+            .map_err(|source| host("starting a thread", source))?;
+        Ok(Listener {
+            shared,
+            thread: Some(thread),
+        })
     }
 }
 
@@ -164,7 +199,10 @@ impl Shared {
                 }
                 // The target may take long or want the lock: it is called without.
                 let rung = self.lock().get(&number).and_then(|bell| {
-                    bell.event.read().ok().map(|_| (bell.value, Arc::clone(&bell.target)))
+                    bell.event
+                        .read()
+                        .ok()
+                        .map(|_| (bell.value, Arc::clone(&bell.target)))
                 });
                 if let Some((value, target)) = rung {
                     target.ring(value);

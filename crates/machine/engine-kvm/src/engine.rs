@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_CAP_DISABLE_QUIRKS, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS,
-    KVM_X86_QUIRK_LINT0_REENABLED, kvm_enable_cap,
+    KVM_CAP_DISABLE_QUIRKS, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API,
+    KVM_X2APIC_API_USE_32BIT_IDS, KVM_X86_QUIRK_LINT0_REENABLED, kvm_enable_cap,
 };
 use kvm_ioctls::{Cap, VmFd};
 use strata_engine::x86::{CpuModel, X86};
@@ -76,11 +76,17 @@ pub struct Kvm {
 
 /// An ioctl that failed.
 pub(crate) fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> EngineError {
-    move |error| EngineError::Host { what, source: std::io::Error::from_raw_os_error(error.errno()) }
+    move |error| EngineError::Host {
+        what,
+        source: std::io::Error::from_raw_os_error(error.errno()),
+    }
 }
 
 pub(crate) fn unsupported(reason: impl Into<String>) -> EngineError {
-    EngineError::Unsupported { engine: NAME, reason: reason.into() }
+    EngineError::Unsupported {
+        engine: NAME,
+        reason: reason.into(),
+    }
 }
 
 /// Opens `/dev/kvm`.
@@ -89,12 +95,17 @@ pub(crate) fn open() -> Result<kvm_ioctls::Kvm, EngineError> {
         unsupported(match error.errno() {
             libc::ENOENT => "there is no /dev/kvm".to_owned(),
             libc::EACCES | libc::EPERM => "this user may not open /dev/kvm".to_owned(),
-            other => format!("/dev/kvm cannot be opened: {}", std::io::Error::from_raw_os_error(other)),
+            other => format!(
+                "/dev/kvm cannot be opened: {}",
+                std::io::Error::from_raw_os_error(other)
+            ),
         })
     })?;
     match kvm.get_api_version() {
         12 => Ok(kvm),
-        other => Err(unsupported(format!("/dev/kvm speaks version {other}, not 12"))),
+        other => Err(unsupported(format!(
+            "/dev/kvm speaks version {other}, not 12"
+        ))),
     }
 }
 
@@ -105,15 +116,20 @@ impl Kvm {
     /// If this host's KVM, or its CPU below it, lacks what the engine or the CPU model needs.
     pub fn new(config: KvmConfig) -> Result<Kvm, EngineError> {
         let kvm = open()?;
-        let missing: Vec<&str> =
-            NEEDED.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect();
+        let missing: Vec<&str> = NEEDED
+            .iter()
+            .filter(|(cap, _)| !kvm.check_extension(*cap))
+            .map(|(_, name)| *name)
+            .collect();
         if !missing.is_empty() {
             return Err(unsupported(format!("its KVM lacks {}", missing.join(", "))));
         }
         cpuid::check(&kvm, &config.model)?;
         if config.vcpus as usize > kvm.get_max_vcpus() {
             let most = kvm.get_max_vcpus();
-            return Err(unsupported(format!("its KVM runs at most {most} CPUs in a machine")));
+            return Err(unsupported(format!(
+                "its KVM runs at most {most} CPUs in a machine"
+            )));
         }
         let vm = kvm.create_vm().map_err(failed("creating the VM"))?;
         set_up(&vm)?;
@@ -127,7 +143,11 @@ impl Kvm {
         });
         machine.slots.sync(&machine.vm)?;
         let messages = Arc::new(Messages::new(Arc::clone(&machine)));
-        Ok(Kvm { doorbells: Doorbells::new(Arc::clone(&machine)), machine, messages })
+        Ok(Kvm {
+            doorbells: Doorbells::new(Arc::clone(&machine)),
+            machine,
+            messages,
+        })
     }
 
     /// Moves the kernel's record of pages that guests wrote into the memory's dirty log. Call it before taking the
@@ -142,22 +162,34 @@ impl Kvm {
 
 /// What Intel's KVM wants to know before the first vCPU.
 pub(crate) fn set_up_for_intel(vm: &VmFd) -> Result<(), EngineError> {
-    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("placing the identity map"))?;
-    vm.set_tss_address(TSS_ADDRESS).map_err(failed("placing the TSS"))
+    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+        .map_err(failed("placing the identity map"))?;
+    vm.set_tss_address(TSS_ADDRESS)
+        .map_err(failed("placing the TSS"))
 }
 
 fn set_up(vm: &VmFd) -> Result<(), EngineError> {
     set_up_for_intel(vm)?;
-    enable(vm, KVM_CAP_SPLIT_IRQCHIP, IOAPIC_PINS.into()).map_err(failed("splitting the interrupt controller"))?;
+    enable(vm, KVM_CAP_SPLIT_IRQCHIP, IOAPIC_PINS.into())
+        .map_err(failed("splitting the interrupt controller"))?;
     // Saved APIC state has the ID where the manual puts it, in both modes.
-    enable(vm, KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS.into()).map_err(failed("setting up the x2APIC"))?;
+    enable(vm, KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS.into())
+        .map_err(failed("setting up the x2APIC"))?;
     // After a reset LINT0 is masked, as on the chip. Older kernels do not know this; then a guest sees it open.
-    let _ = enable(vm, KVM_CAP_DISABLE_QUIRKS, KVM_X86_QUIRK_LINT0_REENABLED.into());
+    let _ = enable(
+        vm,
+        KVM_CAP_DISABLE_QUIRKS,
+        KVM_X86_QUIRK_LINT0_REENABLED.into(),
+    );
     Ok(())
 }
 
 fn enable(vm: &VmFd, cap: u32, argument: u64) -> Result<(), kvm_ioctls::Error> {
-    vm.enable_cap(&kvm_enable_cap { cap, args: [argument, 0, 0, 0], ..Default::default() })
+    vm.enable_cap(&kvm_enable_cap {
+        cap,
+        args: [argument, 0, 0, 0],
+        ..Default::default()
+    })
 }
 
 impl Engine for Kvm {
@@ -179,7 +211,11 @@ impl Engine for Kvm {
         Arc::clone(&self.messages) as Arc<dyn InterruptSink>
     }
 
-    fn add_doorbell(&self, at: DoorbellAddress, bell: Arc<dyn Doorbell>) -> Result<(), EngineError> {
+    fn add_doorbell(
+        &self,
+        at: DoorbellAddress,
+        bell: Arc<dyn Doorbell>,
+    ) -> Result<(), EngineError> {
         self.doorbells.add(at, bell)
     }
 

@@ -32,7 +32,11 @@ pub struct Messages {
 impl Messages {
     /// For this machine.
     pub fn new(machine: Arc<Machine>) -> Self {
-        Self { machine, levels: Mutex::default(), first: OnceLock::new() }
+        Self {
+            machine,
+            levels: Mutex::default(),
+            first: OnceLock::new(),
+        }
     }
 
     /// vCPU 0 exists.
@@ -52,7 +56,10 @@ impl Messages {
             levels.pop_front();
         }
         levels.push_back(message);
-        let entries: Vec<_> = (0..).zip(levels.iter()).map(|(gsi, message)| route(gsi, *message)).collect();
+        let entries: Vec<_> = (0..)
+            .zip(levels.iter())
+            .map(|(gsi, message)| route(gsi, *message))
+            .collect();
         if let Ok(table) = KvmIrqRouting::from_entries(&entries) {
             // It can only fail for lack of kernel memory; the interrupt itself still arrives.
             let _ = self.machine.vm.set_gsi_routing(&table);
@@ -61,7 +68,11 @@ impl Messages {
 }
 
 fn route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
-    let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..Default::default()
+    };
     entry.u.msi = kvm_irq_routing_msi {
         address_lo: message.address as u32,
         address_hi: (message.address >> 32) as u32,

@@ -158,5 +158,7 @@ pub fn kick_signal() -> Result<(), EngineError> {
 }
 
 fn last_error() -> i32 {
-    std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
+    std::io::Error::last_os_error()
+        .raw_os_error()
+        .unwrap_or(libc::EIO)
 }

@@ -17,7 +17,12 @@ pub fn save(page: &kvm_lapic_state, base: u64, tsc_deadline: u64, now_ns: u64) -
     let registers: Vec<u32> = (0..REGISTERS).map(|index| read(page, index)).collect();
     let armed = counts_down(read(page, LVT_TIMER)) && read(page, TIMER_CURRENT) != 0;
     let left_ns = u64::from(read(page, TIMER_CURRENT)) * tick_ns(read(page, TIMER_DIVIDE));
-    ApicState { base, registers, tsc_deadline, timer_deadline_ns: armed.then(|| now_ns.saturating_add(left_ns)) }
+    ApicState {
+        base,
+        registers,
+        tsc_deadline,
+        timer_deadline_ns: armed.then(|| now_ns.saturating_add(left_ns)),
+    }
 }
 
 /// Values as the page. The kernel starts the timer from the current count.
@@ -29,7 +34,9 @@ pub fn load(state: &ApicState, now_ns: u64) -> kvm_lapic_state {
     if counts_down(read(&page, LVT_TIMER)) {
         // One that is due fires as soon as the vCPU runs.
         let ticks = state.timer_deadline_ns.map_or(0, |at| {
-            let left = at.saturating_sub(now_ns).div_ceil(tick_ns(read(&page, TIMER_DIVIDE)));
+            let left = at
+                .saturating_sub(now_ns)
+                .div_ceil(tick_ns(read(&page, TIMER_DIVIDE)));
             left.clamp(1, u64::from(read(&page, TIMER_INITIAL)).max(1))
         });
         write(&mut page, TIMER_CURRENT, ticks as u32);
@@ -57,7 +64,12 @@ fn read(page: &kvm_lapic_state, index: usize) -> u32 {
 }
 
 fn write(page: &mut kvm_lapic_state, index: usize, value: u32) {
-    for (to, from) in page.regs.iter_mut().skip(index * 16).zip(value.to_le_bytes()) {
+    for (to, from) in page
+        .regs
+        .iter_mut()
+        .skip(index * 16)
+        .zip(value.to_le_bytes())
+    {
         *to = from as _;
     }
 }
@@ -73,7 +85,12 @@ mod tests {
         registers[TIMER_DIVIDE] = 0b0011;
         registers[TIMER_INITIAL] = 1000;
         registers[TIMER_CURRENT] = 0;
-        let state = ApicState { base: 0xfee0_0900, registers, tsc_deadline: 0, timer_deadline_ns: Some(9_600) };
+        let state = ApicState {
+            base: 0xfee0_0900,
+            registers,
+            tsc_deadline: 0,
+            timer_deadline_ns: Some(9_600),
+        };
         let page = load(&state, 8_000);
         assert_eq!(read(&page, TIMER_CURRENT), 100, "1,600 ns at 16 ns a tick");
         let saved = save(&page, state.base, 0, 8_000);

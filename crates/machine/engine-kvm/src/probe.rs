@@ -61,11 +61,22 @@ impl std::fmt::Display for Figures {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut parts = Vec::new();
         let rate = |rate: u64| format!("{} million instructions/s", rate / 1_000_000);
-        parts.extend(self.ring0_per_s.map(|value| format!("ring 0 {}", rate(value))));
-        parts.extend(self.ring3_per_s.map(|value| format!("ring 3 {}", rate(value))));
-        parts.extend(self.exit_ns.map(|ns| format!("{}.{} µs per exit", ns / 1000, ns % 1000 / 100)));
+        parts.extend(
+            self.ring0_per_s
+                .map(|value| format!("ring 0 {}", rate(value))),
+        );
+        parts.extend(
+            self.ring3_per_s
+                .map(|value| format!("ring 3 {}", rate(value))),
+        );
+        parts.extend(
+            self.exit_ns
+                .map(|ns| format!("{}.{} µs per exit", ns / 1000, ns % 1000 / 100)),
+        );
         for (name, works) in [("cmpxchg16b", self.cmpxchg16b), ("xrstor", self.xrstor)] {
-            parts.extend(works.map(|works| format!("{name} {}", if works { "works" } else { "fails" })));
+            parts.extend(
+                works.map(|works| format!("{name} {}", if works { "works" } else { "fails" })),
+            );
         }
         f.write_str(&parts.join(", "))
     }
@@ -76,14 +87,20 @@ pub fn probe() -> Verdict {
     let shared = Arc::new(Mutex::new(Figures::default()));
     let (sender, receiver) = channel();
     let (figures, kickers) = (Arc::clone(&shared), sender.clone());
-    let spawned = std::thread::Builder::new().name("kvm-probe".into()).spawn(move || {
-        let result = measure(&figures, |kicker| {
-            // The caller waits for this thread or has given up.
-            let _ = kickers.send(Message::Kicker(kicker));
+    let spawned = std::thread::Builder::new()
+        .name("kvm-probe".into())
+        .spawn(move || {
+            let result = measure(&figures, |kicker| {
+                // The caller waits for this thread or has given up.
+                let _ = kickers.send(Message::Kicker(kicker));
+            });
+            let _ = sender.send(Message::Done(result.map(Box::new)));
         });
-        let _ = sender.send(Message::Done(result.map(Box::new)));
-    });
-    let unusable = |reason: String| Verdict { usable: false, reason, figures: *lock(&shared) };
+    let unusable = |reason: String| Verdict {
+        usable: false,
+        reason,
+        figures: *lock(&shared),
+    };
     if let Err(error) = spawned {
         return unusable(format!("/dev/kvm cannot be probed: {error}"));
     }
@@ -106,11 +123,10 @@ pub fn probe() -> Verdict {
             Err(RecvTimeoutError::Disconnected) => break,
         }
     }
-    let verdict = judge(*lock(&shared));
-    match verdict.usable {
-        true => unusable(format!("/dev/kvm did not finish the probe within {} ms", LIMIT.as_millis())),
-        false => verdict,
-    }
+    unusable(format!(
+        "/dev/kvm did not finish the probe within {} ms",
+        LIMIT.as_millis()
+    ))
 }
 
 enum Message {
@@ -132,13 +148,17 @@ fn explain(error: &EngineError) -> String {
     match error {
         EngineError::Unsupported { reason, .. } => reason.clone(),
         other => {
-            let cause = std::error::Error::source(other).map_or(String::new(), |cause| format!(": {cause}"));
+            let cause = std::error::Error::source(other)
+                .map_or(String::new(), |cause| format!(": {cause}"));
             format!("/dev/kvm cannot be used: {other}{cause}")
         }
     }
 }
 
-fn measure(figures: &Mutex<Figures>, ready: impl FnOnce(Arc<dyn Kicker>)) -> Result<Guest, EngineError> {
+fn measure(
+    figures: &Mutex<Figures>,
+    ready: impl FnOnce(Arc<dyn Kicker>),
+) -> Result<Guest, EngineError> {
     let kvm = open()?;
     let mut guest = Guest::new(&kvm)?;
     ready(guest.kicker());
@@ -170,7 +190,9 @@ fn judge(figures: Figures) -> Verdict {
         match rate {
             Some(rate) if slow(Some(rate)) => {
                 let millions = rate / 1_000_000;
-                faults.push(format!("runs ring {ring} at {millions} million instructions/s"));
+                faults.push(format!(
+                    "runs ring {ring} at {millions} million instructions/s"
+                ));
             }
             None => faults.push(format!("does not run a loop in ring {ring}")),
             Some(_) => {}
@@ -181,11 +203,14 @@ fn judge(figures: Figures) -> Verdict {
         None => faults.push("does not run port accesses".to_owned()),
         Some(_) => {}
     }
-    let broken: Vec<_> = [("cmpxchg16b", figures.cmpxchg16b), ("xrstor", figures.xrstor)]
-        .into_iter()
-        .filter(|(_, works)| *works != Some(true))
-        .map(|(name, _)| name)
-        .collect();
+    let broken: Vec<_> = [
+        ("cmpxchg16b", figures.cmpxchg16b),
+        ("xrstor", figures.xrstor),
+    ]
+    .into_iter()
+    .filter(|(_, works)| *works != Some(true))
+    .map(|(name, _)| name)
+    .collect();
     if !broken.is_empty() {
         faults.push(format!("fails at {}", broken.join(" and ")));
     }
@@ -194,7 +219,11 @@ fn judge(figures: Figures) -> Verdict {
         true => "/dev/kvm runs guests at the speed of hardware".to_owned(),
         false => format!("/dev/kvm {}", faults.join(", ")),
     };
-    Verdict { usable, reason, figures }
+    Verdict {
+        usable,
+        reason,
+        figures,
+    }
 }
 
 #[cfg(test)]
@@ -212,11 +241,24 @@ mod tests {
     #[test]
     fn hardware_is_usable_and_emulation_is_not() {
         assert!(judge(GOOD).usable);
-        let emulated = Figures { ring0_per_s: Some(3_000_000), cmpxchg16b: Some(false), ..GOOD };
+        let emulated = Figures {
+            ring0_per_s: Some(3_000_000),
+            cmpxchg16b: Some(false),
+            ..GOOD
+        };
         let verdict = judge(emulated);
         assert!(!verdict.usable);
-        assert_eq!(verdict.reason, "/dev/kvm runs ring 0 at 3 million instructions/s, fails at cmpxchg16b");
-        assert!(!judge(Figures { exit_ns: Some(280_000), ..GOOD }).usable);
+        assert_eq!(
+            verdict.reason,
+            "/dev/kvm runs ring 0 at 3 million instructions/s, fails at cmpxchg16b"
+        );
+        assert!(
+            !judge(Figures {
+                exit_ns: Some(280_000),
+                ..GOOD
+            })
+            .usable
+        );
         assert!(!judge(Figures::default()).usable);
         assert_eq!(
             GOOD.to_string(),
@@ -230,8 +272,17 @@ mod tests {
         let start = Instant::now();
         let verdict = probe();
         // Far above the limit: other tests have the CPUs at the same time.
-        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+        assert!(
+            start.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            start.elapsed()
+        );
         assert!(!verdict.reason.is_empty());
-        eprintln!("{:?}: {} ({})", start.elapsed(), verdict.reason, verdict.figures);
+        eprintln!(
+            "{:?}: {} ({})",
+            start.elapsed(),
+            verdict.reason,
+            verdict.figures
+        );
     }
 }

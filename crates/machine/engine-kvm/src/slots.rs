@@ -44,7 +44,11 @@ impl Placed {
 impl Slots {
     /// The slots of a VM that has none yet.
     pub fn new(memory: GuestMemory) -> Self {
-        Self { memory, applied: AtomicU64::new(u64::MAX), placed: Mutex::default() }
+        Self {
+            memory,
+            applied: AtomicU64::new(u64::MAX),
+            placed: Mutex::default(),
+        }
     }
 
     /// Guest memory.
@@ -81,24 +85,42 @@ impl Slots {
                 }
                 continue;
             }
-            let number = (0..).find(|number| placed.iter().all(|other| other.number != *number)).unwrap_or(0);
-            let new = Placed { number, flags, slot: slot.clone() };
+            let number = (0..)
+                .find(|number| placed.iter().all(|other| other.number != *number))
+                .unwrap_or(0);
+            let new = Placed {
+                number,
+                flags,
+                slot: slot.clone(),
+            };
             new.tell(vm, slot.size())?;
             placed.push(new);
         }
-        self.applied.store(table.generation() << 1 | u64::from(logging), Ordering::Release);
+        self.applied.store(
+            table.generation() << 1 | u64::from(logging),
+            Ordering::Release,
+        );
         Ok(true)
     }
 
     /// Moves the kernel's dirty bits into the memory's log.
     pub fn collect_dirty(&self, vm: &VmFd) -> Result<(), EngineError> {
-        for placed in self.lock().iter().filter(|placed| placed.flags & KVM_MEM_LOG_DIRTY_PAGES != 0) {
+        for placed in self
+            .lock()
+            .iter()
+            .filter(|placed| placed.flags & KVM_MEM_LOG_DIRTY_PAGES != 0)
+        {
             let size = usize::try_from(placed.slot.size()).unwrap_or(usize::MAX);
-            let bits = vm.get_dirty_log(placed.number, size).map_err(failed("reading the dirty log"))?;
+            let bits = vm
+                .get_dirty_log(placed.number, size)
+                .map_err(failed("reading the dirty log"))?;
             for (index, word) in (0_u64..).zip(bits) {
-                let pages = (0..64).filter(|bit| word >> bit & 1 != 0).map(|bit| index * 64 + bit);
+                let pages = (0..64)
+                    .filter(|bit| word >> bit & 1 != 0)
+                    .map(|bit| index * 64 + bit);
                 for page in pages {
-                    self.memory.mark_dirty(Gpa(placed.slot.gpa().0 + page * PAGE_SIZE), PAGE_SIZE);
+                    self.memory
+                        .mark_dirty(Gpa(placed.slot.gpa().0 + page * PAGE_SIZE), PAGE_SIZE);
                 }
             }
         }

@@ -3,13 +3,15 @@
 //! The order of writes matters: each step's checks look at what earlier ones set, and registers clear pending events.
 
 use kvm_bindings::{
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED,
-    KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, kvm_debugregs, kvm_dtable,
-    kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_NMI_PENDING,
+    KVM_VCPUEVENT_VALID_SHADOW, kvm_debugregs, kvm_dtable, kvm_mp_state, kvm_regs, kvm_segment,
+    kvm_sregs, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave,
 };
 use strata_engine::EngineError;
 use strata_engine::x86::{
-    CpuState, DescriptorTable, Feature, MpState, MsrEntry, MsrIndex, PendingEvent, Segment, XsaveState, xsave_size,
+    CpuState, DescriptorTable, Feature, MpState, MsrEntry, MsrIndex, PendingEvent, Segment,
+    XsaveState, xsave_size,
 };
 
 use crate::engine::failed;
@@ -31,11 +33,15 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 pub fn save(vcpu: &KvmVcpu) -> Result<CpuState, EngineError> {
     let fd = &vcpu.fd;
     // First: it settles start-up messages that wait, which change everything else.
-    let mp = fd.get_mp_state().map_err(failed("reading the multiprocessor state"))?;
+    let mp = fd
+        .get_mp_state()
+        .map_err(failed("reading the multiprocessor state"))?;
     let regs = fd.get_regs().map_err(failed("reading registers"))?;
     let sregs = fd.get_sregs().map_err(failed("reading system registers"))?;
     let xcrs = fd.get_xcrs().map_err(failed("reading XCR0"))?;
-    let debug = fd.get_debug_regs().map_err(failed("reading debug registers"))?;
+    let debug = fd
+        .get_debug_regs()
+        .map_err(failed("reading debug registers"))?;
     let events = fd.get_vcpu_events().map_err(failed("reading events"))?;
     let page = fd.get_lapic().map_err(failed("reading the local APIC"))?;
     let tsc_deadline = match vcpu.machine.model.has(Feature::TscDeadline) {
@@ -67,9 +73,9 @@ pub fn save(vcpu: &KvmVcpu) -> Result<CpuState, EngineError> {
         apic: Some(lapic::save(&page, sregs.apic_base, tsc_deadline, now_ns)),
         mp_state: match mp.mp_state {
             KVM_MP_STATE_HALTED => MpState::Halted,
-            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_SIPI_RECEIVED => {
-                MpState::WaitForSipi
-            }
+            KVM_MP_STATE_UNINITIALIZED
+            | KVM_MP_STATE_INIT_RECEIVED
+            | KVM_MP_STATE_SIPI_RECEIVED => MpState::WaitForSipi,
             _ => MpState::Runnable,
         },
         interrupt_shadow: events.interrupt.shadow != 0,
@@ -84,24 +90,37 @@ pub fn save(vcpu: &KvmVcpu) -> Result<CpuState, EngineError> {
 /// Takes a state over.
 pub fn restore(vcpu: &mut KvmVcpu, state: &CpuState) -> Result<(), EngineError> {
     check_tsc(vcpu, state)?;
-    let invalid = |what: &'static str| move |_| EngineError::InvalidState(format!("{what} are not possible"));
+    let invalid =
+        |what: &'static str| move |_| EngineError::InvalidState(format!("{what} are not possible"));
     let fd = &vcpu.fd;
     let current = fd.get_sregs().map_err(failed("reading system registers"))?;
-    fd.set_mp_state(mp_state(state.mp_state)).map_err(failed("setting the multiprocessor state"))?;
-    fd.set_regs(&regs(state)).map_err(invalid("its registers"))?;
-    fd.set_sregs(&sregs(state, &current)).map_err(invalid("its system registers"))?;
+    fd.set_mp_state(mp_state(state.mp_state))
+        .map_err(failed("setting the multiprocessor state"))?;
+    fd.set_regs(&regs(state))
+        .map_err(invalid("its registers"))?;
+    fd.set_sregs(&sregs(state, &current))
+        .map_err(invalid("its system registers"))?;
     // The components first: the area may only have what XCR0 could hold, whatever XCR0 is.
     restore_xsave(vcpu, &state.xsave)?;
     let fd = &vcpu.fd;
-    fd.set_xcrs(&xcrs(state)).map_err(invalid("the components in its XCR0"))?;
-    fd.set_debug_regs(&kvm_debugregs { db: state.dr, dr6: state.dr6, dr7: state.dr7, ..Default::default() })
-        .map_err(invalid("its debug registers"))?;
+    fd.set_xcrs(&xcrs(state))
+        .map_err(invalid("the components in its XCR0"))?;
+    fd.set_debug_regs(&kvm_debugregs {
+        db: state.dr,
+        dr6: state.dr6,
+        dr7: state.dr7,
+        ..Default::default()
+    })
+    .map_err(invalid("its debug registers"))?;
     if let Some(apic) = &state.apic {
         let now_ns = vcpu.machine.time.clock().now_ns();
-        fd.set_lapic(&lapic::load(apic, now_ns)).map_err(invalid("its local APIC's registers"))?;
+        fd.set_lapic(&lapic::load(apic, now_ns))
+            .map_err(invalid("its local APIC's registers"))?;
     }
     restore_msrs(vcpu, state)?;
-    vcpu.fd.set_vcpu_events(&events(state)).map_err(invalid("its pending events"))?;
+    vcpu.fd
+        .set_vcpu_events(&events(state))
+        .map_err(invalid("its pending events"))?;
     vcpu.step_tsc(state.tsc_offset.wrapping_sub(vcpu.tsc_offset))?;
     vcpu.tsc_offset = state.tsc_offset;
     Ok(())
@@ -122,15 +141,51 @@ fn check_tsc(vcpu: &KvmVcpu, state: &CpuState) -> Result<(), EngineError> {
 
 fn gpr(regs: &kvm_regs) -> [u64; 16] {
     [
-        regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi, regs.r8, regs.r9, regs.r10,
-        regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,
+        regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi, regs.r8,
+        regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,
     ]
 }
 
 fn regs(state: &CpuState) -> kvm_regs {
-    let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = state.gpr;
+    let [
+        rax,
+        rcx,
+        rdx,
+        rbx,
+        rsp,
+        rbp,
+        rsi,
+        rdi,
+        r8,
+        r9,
+        r10,
+        r11,
+        r12,
+        r13,
+        r14,
+        r15,
+    ] = state.gpr;
     let (rip, rflags) = (state.rip, state.rflags | 2);
-    kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
+    kvm_regs {
+        rax,
+        rbx,
+        rcx,
+        rdx,
+        rsi,
+        rdi,
+        rsp,
+        rbp,
+        r8,
+        r9,
+        r10,
+        r11,
+        r12,
+        r13,
+        r14,
+        r15,
+        rip,
+        rflags,
+    }
 }
 
 fn segment(from: &kvm_segment) -> Segment {
@@ -143,7 +198,12 @@ fn segment(from: &kvm_segment) -> Segment {
         | u16::from(from.l & 1) << 13
         | u16::from(from.db & 1) << 14
         | u16::from(from.g & 1) << 15;
-    Segment { selector: from.selector, base: from.base, limit: from.limit, attributes }
+    Segment {
+        selector: from.selector,
+        base: from.base,
+        limit: from.limit,
+        attributes,
+    }
 }
 
 fn kvm_segment(from: &Segment) -> kvm_segment {
@@ -166,12 +226,19 @@ fn kvm_segment(from: &Segment) -> kvm_segment {
 }
 
 fn table(from: &kvm_dtable) -> DescriptorTable {
-    DescriptorTable { base: from.base, limit: from.limit }
+    DescriptorTable {
+        base: from.base,
+        limit: from.limit,
+    }
 }
 
 fn sregs(state: &CpuState, current: &kvm_sregs) -> kvm_sregs {
     let [es, cs, ss, ds, fs, gs] = state.segments.map(|s| kvm_segment(&s));
-    let table = |from: DescriptorTable| kvm_dtable { base: from.base, limit: from.limit, ..Default::default() };
+    let table = |from: DescriptorTable| kvm_dtable {
+        base: from.base,
+        limit: from.limit,
+        ..Default::default()
+    };
     kvm_sregs {
         es,
         cs,
@@ -189,15 +256,25 @@ fn sregs(state: &CpuState, current: &kvm_sregs) -> kvm_sregs {
         cr4: state.cr4,
         cr8: state.cr8,
         efer: state.efer,
-        apic_base: state.apic.as_ref().map_or(current.apic_base, |apic| apic.base),
+        apic_base: state
+            .apic
+            .as_ref()
+            .map_or(current.apic_base, |apic| apic.base),
         interrupt_bitmap: [0; 4],
     }
 }
 
 fn xcrs(state: &CpuState) -> kvm_xcrs {
-    let mut all = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+    let mut all = kvm_xcrs {
+        nr_xcrs: 1,
+        ..Default::default()
+    };
     if let Some(first) = all.xcrs.first_mut() {
-        *first = kvm_xcr { xcr: 0, reserved: 0, value: state.xcr0 | 1 };
+        *first = kvm_xcr {
+            xcr: 0,
+            reserved: 0,
+            value: state.xcr0 | 1,
+        };
     }
     all
 }
@@ -216,13 +293,25 @@ fn pending(events: &kvm_vcpu_events) -> Option<PendingEvent> {
     let exception = &events.exception;
     if exception.injected != 0 || exception.pending != 0 {
         let error = (exception.has_error_code != 0).then_some(exception.error_code);
-        return Some(PendingEvent { vector: exception.nr, error, exception: true });
+        return Some(PendingEvent {
+            vector: exception.nr,
+            error,
+            exception: true,
+        });
     }
     // A software interrupt starts again from its instruction.
     if events.interrupt.injected != 0 && events.interrupt.soft == 0 {
-        return Some(PendingEvent { vector: events.interrupt.nr, error: None, exception: false });
+        return Some(PendingEvent {
+            vector: events.interrupt.nr,
+            error: None,
+            exception: false,
+        });
     }
-    (events.nmi.injected != 0).then_some(PendingEvent { vector: NMI, error: None, exception: false })
+    (events.nmi.injected != 0).then_some(PendingEvent {
+        vector: NMI,
+        error: None,
+        exception: false,
+    })
 }
 
 fn events(state: &CpuState) -> kvm_vcpu_events {
@@ -234,7 +323,11 @@ fn events(state: &CpuState) -> kvm_vcpu_events {
     events.nmi.masked = state.nmi_blocked.into();
     events.nmi.pending = state.nmi_pending.into();
     match state.pending {
-        Some(PendingEvent { vector, error, exception: true }) => {
+        Some(PendingEvent {
+            vector,
+            error,
+            exception: true,
+        }) => {
             events.exception.injected = 1;
             events.exception.nr = vector;
             events.exception.has_error_code = error.is_some().into();
@@ -251,9 +344,16 @@ fn events(state: &CpuState) -> kvm_vcpu_events {
 }
 
 fn save_xsave(vcpu: &KvmVcpu) -> Result<XsaveState, EngineError> {
-    let area = vcpu.fd.get_xsave().map_err(failed("reading the extended state"))?;
+    let area = vcpu
+        .fd
+        .get_xsave()
+        .map_err(failed("reading the extended state"))?;
     let mask = vcpu.machine.model.xcr0_mask();
-    let mut bytes: Vec<u8> = area.region.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let mut bytes: Vec<u8> = area
+        .region
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
     bytes.truncate(xsave_size(mask) as usize);
     // The kernel fills in the initial values of components that are in their initial state: all are valid.
     put(&mut bytes, XSTATE_BV, &mask.to_le_bytes());
@@ -265,7 +365,10 @@ fn restore_xsave(vcpu: &KvmVcpu, state: &XsaveState) -> Result<(), EngineError> 
     let mask = vcpu.machine.model.xcr0_mask();
     let mut bytes = state.bytes.clone();
     bytes.resize(4096, 0);
-    let present = bytes.get(XSTATE_BV..XSTATE_BV + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
+    let present = bytes
+        .get(XSTATE_BV..XSTATE_BV + 8)
+        .and_then(|b| b.try_into().ok())
+        .map_or(0, u64::from_le_bytes);
     put(&mut bytes, XSTATE_BV, &(present & mask).to_le_bytes());
     let mut area = kvm_xsave::default();
     for (to, from) in area.region.iter_mut().zip(bytes.chunks_exact(4)) {
@@ -284,13 +387,32 @@ fn put(bytes: &mut [u8], at: usize, from: &[u8]) {
 
 /// Registers of the model that this KVM lacks read as zero.
 fn save_msrs(vcpu: &KvmVcpu) -> Vec<MsrEntry> {
-    let value = |index| if vcpu.msrs.contains(&index) { vcpu.read_msr(index).unwrap_or(0) } else { 0 };
-    vcpu.machine.model.msrs().map(|index| MsrEntry { index, value: value(index) }).collect()
+    let value = |index| {
+        if vcpu.msrs.contains(&index) {
+            vcpu.read_msr(index).unwrap_or(0)
+        } else {
+            0
+        }
+    };
+    vcpu.machine
+        .model
+        .msrs()
+        .map(|index| MsrEntry {
+            index,
+            value: value(index),
+        })
+        .collect()
 }
 
 fn restore_msrs(vcpu: &mut KvmVcpu, state: &CpuState) -> Result<(), EngineError> {
     for entry in &state.msrs {
-        if vcpu.msrs.contains(&entry.index) || entry.value != 0 {
+        // Kernels log writes to registers that they only let be read, whatever the value.
+        let there = if vcpu.msrs.contains(&entry.index) {
+            vcpu.read_msr(entry.index)
+        } else {
+            Some(0)
+        };
+        if there != Some(entry.value) {
             vcpu.write_msr(entry.index, entry.value)?;
         }
     }

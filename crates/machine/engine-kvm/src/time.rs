@@ -31,7 +31,11 @@ struct Relation {
 impl Time {
     /// For a VM without vCPUs.
     pub fn new(clock: Arc<MachineClock>) -> Self {
-        Self { clock, origin: Instant::now(), inner: Mutex::default() }
+        Self {
+            clock,
+            origin: Instant::now(),
+            inner: Mutex::default(),
+        }
     }
 
     /// The machine's clock.
@@ -53,14 +57,20 @@ impl Time {
             None => {
                 // Without a paravirtual clock nobody looks.
                 let _ = vm.set_clock(&clock_data(self.clock.now_ns()));
-                Relation { skew_ns, correction: self.tsc(hz).wrapping_sub(current()) }
+                Relation {
+                    skew_ns,
+                    correction: self.tsc(hz).wrapping_sub(current()),
+                }
             }
             Some(old) if skew_ns > old.skew_ns + NOTICED => {
                 let pause = skew_ns - old.skew_ns;
                 if let Ok(now) = vm.get_clock() {
                     let _ = vm.set_clock(&clock_data(now.clock.saturating_sub(pause)));
                 }
-                Relation { skew_ns, correction: old.correction.wrapping_sub(ticks(pause, hz)) }
+                Relation {
+                    skew_ns,
+                    correction: old.correction.wrapping_sub(ticks(pause, hz)),
+                }
             }
             Some(old) => old,
         };
@@ -80,7 +90,10 @@ impl Time {
 }
 
 fn clock_data(clock: u64) -> kvm_clock_data {
-    kvm_clock_data { clock, ..Default::default() }
+    kvm_clock_data {
+        clock,
+        ..Default::default()
+    }
 }
 
 /// Nanoseconds in ticks, wrapping as the counter does.

@@ -64,12 +64,18 @@ enum Failure {
 
 impl KvmVcpu {
     pub(crate) fn new(machine: Arc<Machine>, id: VcpuId) -> Result<KvmVcpu, EngineError> {
-        let mut fd = machine.vm.create_vcpu(id.0.into()).map_err(failed("creating a CPU"))?;
+        let mut fd = machine
+            .vm
+            .create_vcpu(id.0.into())
+            .map_err(failed("creating a CPU"))?;
         let clock_khz = u32::try_from(machine.time.clock().tsc_hz() / 1000).unwrap_or(0);
         if machine.scales_tsc && clock_khz != 0 {
-            fd.set_tsc_khz(clock_khz).map_err(failed("setting the frequency of the time-stamp counter"))?;
+            fd.set_tsc_khz(clock_khz)
+                .map_err(failed("setting the frequency of the time-stamp counter"))?;
         }
-        let khz = fd.get_tsc_khz().map_err(failed("reading the frequency of the time-stamp counter"))?;
+        let khz = fd
+            .get_tsc_khz()
+            .map_err(failed("reading the frequency of the time-stamp counter"))?;
         let tsc_hz = u64::from(khz) * 1000;
         let context = CpuidContext {
             apic_id: id.0,
@@ -81,7 +87,11 @@ impl KvmVcpu {
         cpuid::set(&fd, &machine.model, &context)?;
         let shared = Arc::new(Shared::default());
         shared.attach(&mut fd);
-        let msrs = machine.model.msrs().filter(|&index| read_msr(&fd, index).is_some()).collect();
+        let msrs = machine
+            .model
+            .msrs()
+            .filter(|&index| read_msr(&fd, index).is_some())
+            .collect();
         let mut vcpu = KvmVcpu {
             fd,
             machine,
@@ -94,7 +104,10 @@ impl KvmVcpu {
             stats: VcpuStats::default(),
             broken: None,
         };
-        for (index, value) in [(MsrIndex::MTRR_DEFAULT_TYPE, MTRR_WRITE_BACK), (MsrIndex::MISC_ENABLE, MISC_ENABLE)] {
+        for (index, value) in [
+            (MsrIndex::MTRR_DEFAULT_TYPE, MTRR_WRITE_BACK),
+            (MsrIndex::MISC_ENABLE, MISC_ENABLE),
+        ] {
             if vcpu.msrs.contains(&index.0) {
                 vcpu.write_msr(index.0, value)?;
             }
@@ -113,10 +126,17 @@ impl KvmVcpu {
 
     /// Writes one register.
     pub(crate) fn write_msr(&mut self, index: u32, data: u64) -> Result<(), EngineError> {
-        let entry = kvm_msr_entry { index, data, ..Default::default() };
-        let one = Msrs::from_entries(&[entry]).map_err(|_| EngineError::Internal("one MSR is too many".into()))?;
+        let entry = kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        };
+        let one = Msrs::from_entries(&[entry])
+            .map_err(|_| EngineError::Internal("one MSR is too many".into()))?;
         match self.fd.set_msrs(&one).map_err(failed("writing an MSR"))? {
-            0 => Err(EngineError::InvalidState(format!("MSR {index:#x} cannot be {data:#x}"))),
+            0 => Err(EngineError::InvalidState(format!(
+                "MSR {index:#x} cannot be {data:#x}"
+            ))),
             _ => Ok(()),
         }
     }
@@ -141,7 +161,11 @@ impl KvmVcpu {
     /// Lets the counter go back by what the machine stood still.
     fn follow_clock(&mut self) -> Result<(), EngineError> {
         let machine = Arc::clone(&self.machine);
-        let current = || self.read_msr(MsrIndex::TSC.0).unwrap_or(0).wrapping_sub(self.tsc_offset);
+        let current = || {
+            self.read_msr(MsrIndex::TSC.0)
+                .unwrap_or(0)
+                .wrapping_sub(self.tsc_offset)
+        };
         let correction = machine.time.correction(&machine.vm, self.tsc_hz, current);
         if correction != self.corrected {
             self.step_tsc(correction.wrapping_sub(self.corrected))?;
@@ -154,7 +178,9 @@ impl KvmVcpu {
 
     /// Notes a counter that the guest has moved, while machine time and the counter run alike.
     fn note_tsc_offset(&mut self) {
-        let Some(now) = self.read_msr(MsrIndex::TSC.0) else { return };
+        let Some(now) = self.read_msr(MsrIndex::TSC.0) else {
+            return;
+        };
         let offset = now.wrapping_sub(self.machine.time.tsc(self.tsc_hz));
         // The two cannot be read at once, and drift apart: only a difference that somebody made counts.
         let moved = (offset.wrapping_sub(self.tsc_offset) as i64).unsigned_abs();
@@ -212,14 +238,21 @@ impl KvmVcpu {
         let run = self.fd.get_kvm_run();
         // SAFETY: the exit was KVM_EXIT_IO, for which the kernel fills this member.
         let io = unsafe { run.__bindgen_anon_1.io };
-        let (width, len) = (usize::from(io.size), usize::from(io.size).saturating_mul(io.count as usize));
+        let (width, len) = (
+            usize::from(io.size),
+            usize::from(io.size).saturating_mul(io.count as usize),
+        );
         let offset = usize::try_from(io.data_offset).unwrap_or(usize::MAX);
         if !matches!(width, 1 | 2 | 4) || offset.checked_add(len).is_none_or(|end| end > size) {
-            return Err(EngineError::Internal("KVM describes a port access outside its page".into()));
+            return Err(EngineError::Internal(
+                "KVM describes a port access outside its page".into(),
+            ));
         }
         // SAFETY: the range lies in the mapping of `size` bytes that begins with `run`, checked above; the kernel does
         // not touch it before the next KVM_RUN, and nothing else refers to it.
-        let data = unsafe { std::slice::from_raw_parts_mut((&raw mut *run).cast::<u8>().add(offset), len) };
+        let data = unsafe {
+            std::slice::from_raw_parts_mut((&raw mut *run).cast::<u8>().add(offset), len)
+        };
         for item in data.chunks_exact_mut(width) {
             match out {
                 true => bus.port_out(port, item),
@@ -257,7 +290,9 @@ impl KvmVcpu {
     fn is_memory(&self, gpa: u64) -> Result<bool, EngineError> {
         let changed = self.machine.slots.sync(&self.machine.vm)?;
         let table = self.machine.slots.memory().slots();
-        Ok(table.find(Gpa(gpa)).is_some_and(|slot| changed || slot.kind() == SlotKind::Rom))
+        Ok(table
+            .find(Gpa(gpa))
+            .is_some_and(|slot| changed || slot.kind() == SlotKind::Rom))
     }
 
     /// Passes an 8259's interrupt to the vCPU as soon as it takes interrupts.
@@ -271,7 +306,8 @@ impl KvmVcpu {
             run.request_interrupt_window = 0;
             let number = u32::from(vector);
             // SAFETY: `number` has the layout of `struct kvm_interrupt`, which the kernel only reads.
-            let done = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_INTERRUPT, &raw const number) };
+            let done =
+                unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_INTERRUPT, &raw const number) };
             if done == 0 {
                 self.shared.take_ext_int();
                 self.stats.interrupts += 1;
@@ -295,12 +331,18 @@ impl KvmVcpu {
                 // SAFETY: the exit was KVM_EXIT_INTERNAL_ERROR, for which the kernel fills this member.
                 let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
                 match internal.suberror {
-                    kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => "KVM cannot emulate an instruction".to_owned(),
+                    kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => {
+                        "KVM cannot emulate an instruction".to_owned()
+                    }
                     other => format!("KVM gave up (internal error {other})"),
                 }
             }
-            Failure::Entry(reason) => format!("the CPU refused the guest's state (reason {reason:#x})"),
-            Failure::Other(exit) => format!("KVM left the guest for a reason not known here ({exit})"),
+            Failure::Entry(reason) => {
+                format!("the CPU refused the guest's state (reason {reason:#x})")
+            }
+            Failure::Other(exit) => {
+                format!("KVM left the guest for a reason not known here ({exit})")
+            }
         };
         EngineError::Internal(format!("{what} {place}"))
     }
@@ -312,8 +354,19 @@ impl KvmVcpu {
         };
         let linear = regs.rip.wrapping_add(sregs.cs.base);
         let mut bytes = [0_u8; 15];
-        let physical = self.fd.translate_gva(linear).ok().filter(|t| t.valid != 0).map(|t| t.physical_address);
-        let read = physical.is_some_and(|gpa| self.machine.slots.memory().read(Gpa(gpa), &mut bytes).is_ok());
+        let physical = self
+            .fd
+            .translate_gva(linear)
+            .ok()
+            .filter(|t| t.valid != 0)
+            .map(|t| t.physical_address);
+        let read = physical.is_some_and(|gpa| {
+            self.machine
+                .slots
+                .memory()
+                .read(Gpa(gpa), &mut bytes)
+                .is_ok()
+        });
         match read {
             true => format!("at {linear:#x}: {bytes:02x?}"),
             false => format!("at {linear:#x}"),
@@ -344,7 +397,11 @@ fn wish(exit: VcpuExit<'_>) -> Wish {
 }
 
 fn read_msr(fd: &VcpuFd, index: u32) -> Option<u64> {
-    let mut one = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).ok()?;
+    let mut one = Msrs::from_entries(&[kvm_msr_entry {
+        index,
+        ..Default::default()
+    }])
+    .ok()?;
     match fd.get_msrs(&mut one) {
         Ok(1) => one.as_slice().first().map(|entry| entry.data),
         _ => None,

@@ -63,9 +63,16 @@ enum Step {
 impl Guest {
     pub fn new(kvm: &kvm_ioctls::Kvm) -> Result<Guest, EngineError> {
         let memory = GuestMemory::new();
-        let internal = |error| EngineError::Internal(format!("no memory for the probe's guest: {error}"));
-        memory.add_slot(Gpa(0), MEMORY, SlotKind::Ram).map_err(internal)?;
-        for (gpa, value) in [(PML4, PDPT | TABLE), (PDPT, DIRECTORY | TABLE), (DIRECTORY, LARGE)] {
+        let internal =
+            |error| EngineError::Internal(format!("no memory for the probe's guest: {error}"));
+        memory
+            .add_slot(Gpa(0), MEMORY, SlotKind::Ram)
+            .map_err(internal)?;
+        for (gpa, value) in [
+            (PML4, PDPT | TABLE),
+            (PDPT, DIRECTORY | TABLE),
+            (DIRECTORY, LARGE),
+        ] {
             memory.write_u64(Gpa(gpa), value).map_err(internal)?;
         }
         let vm = kvm.create_vm().map_err(failed("creating the VM"))?;
@@ -73,7 +80,9 @@ impl Guest {
         let slots = Slots::new(memory);
         slots.sync(&vm)?;
         let mut fd = vm.create_vcpu(0).map_err(failed("creating a CPU"))?;
-        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("asking KVM for its CPUID"))?;
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed("asking KVM for its CPUID"))?;
         fd.set_cpuid2(&cpuid).map_err(failed("setting CPUID"))?;
         let shared = Arc::new(Shared::default());
         shared.attach(&mut fd);
@@ -115,7 +124,9 @@ impl Guest {
             let passed = thread_time().saturating_sub(start);
             // One exit may take longer than all that there should be.
             if passed >= duration && exits > 0 {
-                return Ok(Some(u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX) / exits));
+                return Ok(Some(
+                    u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX) / exits,
+                ));
             }
         }
     }
@@ -167,9 +178,20 @@ impl Guest {
     /// Puts code in place and the vCPU before it.
     fn load(&mut self, code: &[u8], ring: u8, cr4: u64) -> Result<(), EngineError> {
         let memory = self.slots.memory();
-        memory.write(Gpa(CODE), code).map_err(|error| EngineError::Internal(error.to_string()))?;
-        let before = self.fd.get_sregs().map_err(failed("reading system registers"))?;
-        let data = kvm_segment { type_: 3, db: 1, l: 0, selector: 0x10 | u16::from(ring), ..code_segment(ring) };
+        memory
+            .write(Gpa(CODE), code)
+            .map_err(|error| EngineError::Internal(error.to_string()))?;
+        let before = self
+            .fd
+            .get_sregs()
+            .map_err(failed("reading system registers"))?;
+        let data = kvm_segment {
+            type_: 3,
+            db: 1,
+            l: 0,
+            selector: 0x10 | u16::from(ring),
+            ..code_segment(ring)
+        };
         let sregs = kvm_sregs {
             cs: code_segment(ring),
             ds: data,
@@ -183,8 +205,17 @@ impl Guest {
             efer: EFER,
             ..before
         };
-        self.fd.set_sregs(&sregs).map_err(failed("setting system registers"))?;
-        let regs = kvm_regs { rip: CODE, rdi: DATA, rsp: MEMORY, rflags: 2, rax: 3, ..Default::default() };
+        self.fd
+            .set_sregs(&sregs)
+            .map_err(failed("setting system registers"))?;
+        let regs = kvm_regs {
+            rip: CODE,
+            rdi: DATA,
+            rsp: MEMORY,
+            rflags: 2,
+            rax: 3,
+            ..Default::default()
+        };
         self.fd.set_regs(&regs).map_err(failed("setting registers"))
     }
 }
@@ -212,8 +243,14 @@ fn code_segment(ring: u8) -> kvm_segment {
 
 /// CPU time of this thread, guests included: other programs on a loaded host do not count.
 fn thread_time() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: the kernel writes the structure, and cannot fail for this clock.
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
 }
