@@ -9,6 +9,7 @@ mod lab;
 mod phases;
 mod setup;
 mod shell;
+mod suite;
 mod test;
 mod tidy;
 
@@ -30,6 +31,8 @@ enum Command {
     Demo(demo::DemoArguments),
     /// Set up, check formatting and lints, build and run every test.
     Test(test::TestArguments),
+    /// Run ready-built conformance images and print a table.
+    Suite(suite::SuiteArguments),
     /// Run the guest benchmark natively, under QEMU TCG and under Strata, in turns.
     Bench(bench::BenchArguments),
     /// Run a long comparison with fresh seeds and note it in the ledger.
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
+        Command::Suite(arguments) => suite::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Campaign(arguments) => campaign::run(&arguments),
         Command::Figures(arguments) => figures::run(&arguments),
