@@ -79,11 +79,10 @@ impl Exec<'_> {
             let base = if seg >= 4 { segment.base } else { 0 };
             let linear = base.wrapping_add(offset);
             let last = linear.wrapping_add(size.max(1) as u64 - 1);
-            return if canonical(linear) && canonical(last) {
-                Ok(linear)
-            } else {
-                Err(fault)
-            };
+            if !canonical(linear) || !canonical(last) {
+                return Err(fault);
+            }
+            return self.aligned(linear, size).map(|()| linear);
         }
         let linear = segment.base.wrapping_add(offset) & 0xffff_ffff;
         if self.cpu.cr0 & control::CR0_PE == 0 || self.cpu.system_flags & flags::VM != 0 {
@@ -656,6 +655,22 @@ impl Exec<'_> {
         Ok(Some((host, left)))
     }
 
+    /// The alignment that user code may ask for.
+    fn aligned(&self, linear: u64, size: usize) -> Result<(), Fault> {
+        let boundary = if size == 10 { 8 } else { size as u64 };
+        if matches!(size, 2 | 4 | 8 | 10)
+            && !linear.is_multiple_of(boundary)
+            && self.cpu.alignment_checked()
+        {
+            return Err(Fault {
+                vector: 17,
+                error: Some(0),
+                cr2: 0,
+            });
+        }
+        Ok(())
+    }
+
     /// What the soft TLB knows nothing of: segment limits and rights outside of 64-bit code, breakpoints, and the
     /// alignment that user code may ask for. The mode word sees to it that every access that needs this comes here.
     pub fn check_operand(
@@ -678,17 +693,9 @@ impl Exec<'_> {
                 .map_or(0, |segment| segment.base);
             self.linear(segment, linear.wrapping_sub(base) & 0xffff_ffff, size, kind)?;
         }
-        let boundary = if size == 10 { 8 } else { size as u64 };
-        if self.cpu.alignment_checked()
-            && matches!(size, 2 | 4 | 8 | 10)
-            && !linear.is_multiple_of(boundary)
-        {
-            self.probe(linear, size, kind)?;
-            return Err(Fault {
-                vector: 17,
-                error: Some(0),
-                cr2: 0,
-            });
+        let last = linear.wrapping_add(size as u64 - 1);
+        if !self.cpu.code_64() || (canonical(linear) && canonical(last)) {
+            self.aligned(linear, size)?;
         }
         let what = if access == OperandAccess::Read {
             crate::debug::Watched::Read

@@ -225,8 +225,8 @@ fn tolerance(program: &Program, end: &State) -> Tolerance {
         _ if last.is_vsib() && program.init.rflags & 0x100 != 0 => out.either = true,
         _ => {}
     }
-    // The engine does not check alignment (AC).
-    out.either |= end.vector == 17;
+    // Which operands of vector and x87 instructions must be aligned when AC is set is the processor's choice.
+    out.either |= end.vector == 17 && last.memory_size().size() > 8;
     // AMD's processors want offsets to be canonical before FS or GS base is added, Intel's only linear addresses.
     if matches!(last.memory_segment(), Register::FS | Register::GS) {
         let canonical = |address: u64| (address as i64) << 16 >> 16 == address as i64;

@@ -114,7 +114,10 @@ std::arch::global_asm!(
     "push r12",
     "rdfsbase r12",
     "mov rax, [rip + {host_fs}]", "wrfsbase rax",
-    "push 0x202", "popfq",
+    // AC alone: sigreturn does not restore ID and NT, so they must stay.
+    "pushfq",
+    "and qword ptr [rsp], -0x40001",
+    "popfq",
     "call {handler}",
     "wrfsbase r12",
     "pop r12",

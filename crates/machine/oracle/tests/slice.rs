@@ -73,6 +73,21 @@ fn what_once_failed() {
             "movsxd di, [rcx+3]: reads four bytes",
         ),
         (&[0x0f, 0xf7, 0xfb], "maskmovq mm7, mm3: enters MMX state"),
+        (
+            &[0x36, 0xa3, 0x22, 0, 0, 0, 0, 0x80, 0, 0],
+            "mov ss:[800000000022h], eax: #GP, not #SS",
+        ),
+        (&[0x66, 0xf3, 0xa7], "repe cmpsw: #AC"),
+        (&[0xc8, 0x0f, 0, 0x3f], "enter 15, 63: #AC"),
+        (&[0x0f, 0xa0], "push fs: #AC"),
+        (
+            &[0xc4, 0xe2, 0x4d, 0x2d, 0x6e, 0xbb],
+            "vmaskmovpd ymm5, ymm6, [rsi-45h]: no #AC",
+        ),
+        (
+            &[0x0f, 0xad, 0x50, 0x85],
+            "shrd [rax-7Bh], edx, cl: #GP comes before #AC",
+        ),
     ];
     let mut campaign = campaign(7);
     for (bytes, what) in once {

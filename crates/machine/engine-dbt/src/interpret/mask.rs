@@ -69,7 +69,10 @@ impl Exec<'_> {
         let mut addresses = Vec::with_capacity(lanes);
         for lane in 0..lanes {
             if vector_lane(&mask, lane, size) >> (size * 8 - 1) != 0 {
-                let linear = self.address_at(instr, memory, (lane * size) as u64, size, access)?;
+                // By single bytes: these instructions never raise #AC.
+                let [first, last] = [lane * size, lane * size + size - 1].map(|by| by as u64);
+                let linear = self.address_at(instr, memory, first, 1, access)?;
+                self.address_at(instr, memory, last, 1, access)?;
                 self.probe(linear, size, access)?;
                 addresses.push((lane, linear));
             }
@@ -108,7 +111,11 @@ impl Exec<'_> {
             let mut masks = self.vector(mask);
             if vector_lane(&masks, lane, size) >> (size * 8 - 1) != 0 {
                 let offset = self.offset(instr, 1, lane);
-                let linear = self.linear(self.segment_of(instr, 1), offset, size, Access::Read)?;
+                let segment = self.segment_of(instr, 1);
+                // By single bytes: gathers never raise #AC.
+                let last = offset.wrapping_add(size as u64 - 1) & self.address_mask(instr);
+                let linear = self.linear(segment, offset, 1, Access::Read)?;
+                self.linear(segment, last, 1, Access::Read)?;
                 let value = self.load_sized(linear, size)?;
                 let mut result = self.vector(to);
                 set_vector_lane(&mut result, lane, size, value);

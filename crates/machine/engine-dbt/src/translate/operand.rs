@@ -307,7 +307,7 @@ impl Builder<'_> {
         };
         self.linear_address(instr, 0);
         let p66 = size == 2;
-        let stack = instr.memory_segment() == iced_x86::Register::SS;
+        let stack = self.stack_segment(instr);
         self.access(instr, access, size, stack, |b| {
             let encode = Encode {
                 raw: mov,

@@ -204,7 +204,7 @@ pub fn state(rng: &mut Rng, program: &mut Program, template: &Template) {
 
 fn flags(rng: &mut Rng, init: &mut State) {
     init.rflags = 0x202 | rng.bits() & 0x8d5;
-    for (percent, bit) in [(12, 10), (2, 8), (2, 14), (5, 21)] {
+    for (percent, bit) in [(12, 10), (2, 8), (2, 14), (2, 18), (5, 21)] {
         if rng.chance(percent) {
             init.rflags |= 1 << bit;
         }
