@@ -377,10 +377,17 @@ impl Registers {
             }
             reg::ISR..=reg::ESR | reg::ICR_LOW..=reg::LVT_ERROR => self.get(index),
             _ => {
-                self.raise_error(error::ILLEGAL_REGISTER);
+                self.raise_illegal_register();
                 return Err(Invalid);
             }
         })
+    }
+
+    /// A reserved register was accessed; as an MSR that is #GP and nothing else (SDM vol. 3, 12.5.3).
+    fn raise_illegal_register(&mut self) {
+        if !self.is_x2apic() {
+            self.raise_error(error::ILLEGAL_REGISTER);
+        }
     }
 
     pub fn msr_read(&mut self, index: usize, now_ns: u64) -> Result<u64, Invalid> {
@@ -430,7 +437,7 @@ impl Registers {
             reg::ID | reg::VERSION | reg::APR | reg::PPR | reg::RRD | reg::TIMER_CURRENT => {}
             reg::ISR..reg::ESR => {}
             _ => {
-                self.raise_error(error::ILLEGAL_REGISTER);
+                self.raise_illegal_register();
                 return Err(Invalid);
             }
         }
@@ -574,10 +581,16 @@ impl Registers {
         if self.timer_mode() == TimerMode::TscDeadline {
             return 0;
         }
-        let left = self
-            .deadline_ns
-            .map_or(0, |at| at.saturating_sub(now_ns).div_ceil(self.tick_ns()));
-        u32::try_from(left).unwrap_or(u32::MAX)
+        let Some(at) = self.deadline_ns else { return 0 };
+        let late = now_ns.saturating_sub(at);
+        let left_ns = if self.timer_mode() == TimerMode::Periodic && late > 0 {
+            // The next period has begun, whether its interrupt was raised yet or not.
+            let period = (u64::from(self.get(reg::TIMER_INITIAL)) * self.tick_ns()).max(1);
+            period - late % period
+        } else {
+            at.saturating_sub(now_ns)
+        };
+        u32::try_from(left_ns.div_ceil(self.tick_ns())).unwrap_or(u32::MAX)
     }
 
     pub fn deadline_ns(&self) -> Option<u64> {
@@ -610,6 +623,8 @@ impl Registers {
         }
         self.tsc_deadline = value;
         self.arm_tsc_deadline(now_ns);
+        // A deadline in the past is due at once, not when the timer's thread gets to it.
+        self.poll(now_ns);
     }
 
     fn arm_tsc_deadline(&mut self, now_ns: u64) {

@@ -169,6 +169,35 @@ fn one_shot_and_periodic_timers_count_divided_nanoseconds() {
 }
 
 #[test]
+fn a_periodic_count_goes_on_before_its_interrupt_was_raised() {
+    let (_bus, apics) = enabled(1);
+    let apic = &apics[0];
+    write(apic, 0x320, 0x2_0022, 0);
+    write(apic, 0x3e0, 0xb, 0);
+    write(apic, 0x380, 1000, 0);
+    let period = apic.next_deadline_ns().unwrap();
+    let quarter = period / 4;
+    assert_eq!(read(apic, 0x390, period + quarter), 750);
+    assert_eq!(read(apic, 0x390, 3 * period + quarter), 750);
+    apic.poll(3 * period + quarter);
+    assert_eq!(read(apic, 0x390, 3 * period + quarter), 750);
+}
+
+#[test]
+fn reserved_registers_are_errors_on_the_page_only() {
+    let (_bus, apics) = enabled(1);
+    let apic = &apics[0];
+    read(apic, 0x290, 0);
+    write(apic, 0x280, 0, 0);
+    assert_eq!(read(apic, 0x280, 0), 0x80);
+    write(apic, 0x280, 0, 0);
+    apic.set_base(X2APIC, true, 40).unwrap();
+    assert!(apic.msr_read(0x29, 0).is_err());
+    apic.msr_write(0x28, 0, 0, &Ends::default()).unwrap();
+    assert_eq!(apic.msr_read(0x28, 0).unwrap(), 0);
+}
+
+#[test]
 fn the_tsc_deadline_is_never_early_and_follows_the_offset() {
     let (_bus, apics) = enabled(1);
     let apic = &apics[0];
@@ -190,7 +219,9 @@ fn the_tsc_deadline_is_never_early_and_follows_the_offset() {
     );
     // In the past: at once.
     apic.set_tsc_deadline(1, 5000);
-    assert_eq!(apic.next_deadline_ns(), Some(5000));
+    assert_eq!((apic.acknowledge(), apic.next_deadline_ns()), (None, None), "0x22 is in service");
+    write(apic, 0xb0, 0, 5000);
+    assert_eq!((apic.acknowledge(), apic.tsc_deadline()), (Some(0x22), 0));
     // Another mode disarms.
     write(apic, 0x320, 0x22, 5000);
     assert_eq!((apic.next_deadline_ns(), apic.tsc_deadline()), (None, 0));

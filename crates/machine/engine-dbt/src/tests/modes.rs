@@ -276,6 +276,60 @@ fn older_page_tables() {
     }
 }
 
+/// The path of an application processor's trampoline: real mode, protected mode, long mode.
+#[test]
+fn from_a_startup_vector_to_long_mode() {
+    const PAGE: u64 = 0x9000;
+    let write = |m: &mut TestMachine, at: u64, bytes: &[u8]| m.memory.write(Gpa(at), bytes).unwrap();
+    for reference in [false, true] {
+        let mut m = TestMachine::new(reference);
+        let mut real = CodeAssembler::new(16).unwrap();
+        real.cli().unwrap();
+        real.mov(ax, cs).unwrap();
+        real.mov(ds, ax).unwrap();
+        real.db(&[0x66, 0x0f, 0x01, 0x16, 0x00, 0x08]).unwrap(); // lgdt [0x800], 32 bits
+        real.mov(eax, cr0).unwrap();
+        real.or(eax, 1).unwrap();
+        real.mov(cr0, eax).unwrap();
+        real.db(&[0x66, 0xea, 0x00, 0x92, 0x00, 0x00, 0x08, 0x00]).unwrap(); // jmp dword 8:0x9200
+        write(&mut m, PAGE, &real.assemble(0).unwrap());
+        let mut gdt = vec![0x1f, 0];
+        gdt.extend((PAGE as u32 + 0x810).to_le_bytes());
+        write(&mut m, PAGE + 0x800, &gdt);
+        for (i, descriptor) in [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00af_9b00_0000_ffff].iter().enumerate() {
+            m.memory.write_u64(Gpa(PAGE + 0x810 + i as u64 * 8), *descriptor).unwrap();
+        }
+        let mut protected = CodeAssembler::new(32).unwrap();
+        protected.mov(ax, 0x10u32).unwrap();
+        protected.mov(ds, eax).unwrap();
+        protected.mov(ss, eax).unwrap();
+        protected.mov(esp, STACK as u32).unwrap();
+        protected.mov(eax, 0x20).unwrap();
+        protected.mov(cr4, eax).unwrap();
+        protected.mov(eax, 0x1000).unwrap();
+        protected.mov(cr3, eax).unwrap();
+        protected.mov(ecx, 0xc000_0080u32).unwrap();
+        protected.rdmsr().unwrap();
+        protected.or(eax, 0x100).unwrap();
+        protected.wrmsr().unwrap();
+        protected.mov(eax, cr0).unwrap();
+        protected.or(eax, 0x8000_0000u32 as i32).unwrap();
+        protected.mov(cr0, eax).unwrap();
+        // Still 32-bit code, in compatibility mode now.
+        protected.push(0x18).unwrap();
+        protected.push(CODE as i32).unwrap();
+        protected.retf().unwrap();
+        write(&mut m, PAGE + 0x200, &protected.assemble(PAGE + 0x200).unwrap());
+        let cpu = m.vcpu.cpu_mut();
+        cpu.reset();
+        cpu.start_at((PAGE >> 12) as u8);
+        let program = code(64, |a| a.mov(r15, 0x1122_3344_5566_7788u64));
+        assert_eq!(m.run(&program), Exit::Kicked);
+        assert_eq!(m.gpr(15), 0x1122_3344_5566_7788);
+        assert!(m.vcpu.cpu().code_64());
+    }
+}
+
 /// Turns breakpoint 0 on: DR7's R/W and LEN bits.
 fn watch(m: &mut TestMachine, address: u64, control: u64) {
     let cpu = m.vcpu.cpu_mut();
