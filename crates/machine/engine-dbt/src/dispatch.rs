@@ -179,11 +179,15 @@ impl Translated {
                 }
             }
             if bits & request::KICK != 0 {
+                // What else was asked for is looked at when the vCPU runs again.
+                self.cpu.raise_request(request::INTERRUPT);
                 return Some(Exit::Kicked);
             }
-            if !self.cpu.interrupt_shadow
-                && let Some(exit) = self.events(bus)
-            {
+            if self.cpu.interrupt_shadow {
+                self.cpu.raise_request(request::INTERRUPT);
+                return None;
+            }
+            if let Some(exit) = self.events(bus) {
                 return Some(exit);
             }
             if !self.cpu.halted && !self.cpu.wait_for_sipi {
@@ -240,6 +244,10 @@ impl Translated {
 
     fn deliver(&mut self, bus: &dyn IoBus, vector: u8, nmi: bool) -> Option<Exit> {
         let next = self.exec(bus).inject(vector, nmi);
+        if self.env.apic.pending() {
+            // More waits: the next look decides whether for IF or for the priority.
+            self.cpu.raise_request(request::INTERRUPT);
+        }
         self.after(next)
     }
 
