@@ -17,10 +17,9 @@ const RSI: usize = 6;
 const RDI: usize = 7;
 const ES: usize = 0;
 
-/// Bytes a repeated instruction works on before interrupts get a chance.
-const WORK_BYTES: usize = 64 << 10;
-/// What an element costs of that if it takes the general path: device memory, ports, pages that hold code.
-const ELEMENT_COST: u64 = 64;
+/// Bytes a repeated instruction works on before interrupts get a chance. It counts elements, however slow they are:
+/// where a repetition is left must be the same in a run that replays this one.
+const WORK_BYTES: usize = 16 << 10;
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Operation {
@@ -152,20 +151,18 @@ impl Exec<'_> {
             }
             let most = count.min(budget);
             let mut run = self.string_run(&op, most)?;
-            let mut cost = run.done;
             if run.done == 0 {
                 run = Run {
                     done: 1,
                     stop: self.string_element(&op)?,
                 };
-                cost = ELEMENT_COST;
             }
             self.advance(&op, run.done);
             self.set_reg(RCX, count - run.done, op.address_size);
             if run.stop {
                 return Ok(Flow::Next);
             }
-            budget = budget.saturating_sub(cost);
+            budget -= run.done;
         }
     }
 
