@@ -182,14 +182,14 @@ fn a_repeated_move_stops_at_the_fault_and_can_go_on() {
 #[test]
 fn long_moves_come_back_for_interrupts_and_no_count_does_nothing() {
     let mut machine = Machine::new();
-    machine.cpu.gpr[1] = 100_000;
+    machine.cpu.gpr[1] = 20_000;
     machine.cpu.gpr[7] = 0x60_0000;
     assert_eq!(machine.run(&[0xf3, 0xaa]), Ok(Next::RepeatLater));
-    assert_eq!(machine.cpu.gpr[1], 100_000 - 65536);
+    assert_eq!(machine.cpu.gpr[1], 20_000 - 16384);
     assert_eq!(machine.run(&[0xf3, 0xaa]), Ok(Next::Continue));
     assert_eq!(
         (machine.cpu.gpr[1], machine.cpu.gpr[7]),
-        (0, 0x60_0000 + 100_000)
+        (0, 0x60_0000 + 20_000)
     );
     machine.cpu.gpr[7] = HOLE;
     machine.run(&[0xf3, 0xaa]).unwrap();
