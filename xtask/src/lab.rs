@@ -26,6 +26,9 @@ pub struct LabArguments {
     /// Leave the engine's unit tests out.
     #[arg(long)]
     no_tests: bool,
+    /// Run nothing but the engine's unit tests.
+    #[arg(long, conflicts_with_all = ["cpus", "no_tests"])]
+    tests_only: bool,
     /// Give up after this many seconds.
     #[arg(long, default_value_t = 420)]
     patience: u64,
@@ -38,6 +41,13 @@ const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 /// What it says last.
 const DONE: &str = "lab: done";
+
+impl LabArguments {
+    /// The numbers of CPUs of the machines to boot.
+    fn machines(&self) -> &[u32] {
+        if self.tests_only { &[] } else { &self.cpus }
+    }
+}
 
 /// Builds everything, runs the outer machine, and judges what it printed.
 pub fn run(arguments: &LabArguments) -> Result<ExitCode> {
@@ -79,7 +89,7 @@ fn checks(arguments: &LabArguments) -> Vec<String> {
     if !arguments.no_tests {
         checks.push("unit tests".to_owned());
     }
-    for cpus in &arguments.cpus {
+    for cpus in arguments.machines() {
         checks.push(format!("console with {cpus} CPUs"));
         checks.push(format!("command with {cpus} CPUs"));
     }
@@ -188,7 +198,7 @@ fn script(arguments: &LabArguments) -> String {
         script
             .push_str("STRATA_KVM_REQUIRED=1 /lab/tests --test-threads 1 && passed 'unit tests'\n");
     }
-    for cpus in &arguments.cpus {
+    for cpus in arguments.machines() {
         let run = format!(
             "/lab/strata run --engine kvm --cpus {cpus} --kernel /lab/kernel --initrd /lab/initrd"
         );
@@ -336,6 +346,7 @@ mod tests {
         let arguments = LabArguments {
             cpus: vec![1, 3],
             no_tests: false,
+            tests_only: false,
             patience: 1,
         };
         let script = script(&arguments);

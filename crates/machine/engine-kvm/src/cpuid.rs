@@ -24,6 +24,9 @@ const FEATURE_LEAVES: &[(u32, u32, [u32; 4])] = &[
 /// Leaves that look at ECX, and how many subleaves the models use.
 const SUBLEAVES: &[(u32, u32)] = &[(4, 5), (7, 1), (0xb, 3), (0xd, 3)];
 
+/// How many missing features an error names.
+const NAMED: usize = 4;
+
 /// Fails, naming what is missing, if KVM here cannot give guests what the model promises.
 pub fn check(kvm: &Kvm, model: &CpuModel) -> Result<(), EngineError> {
     let supported = kvm
@@ -49,15 +52,18 @@ pub fn check(kvm: &Kvm, model: &CpuModel) -> Result<(), EngineError> {
             missing.extend(bits.map(|bit| format!("CPUID.{leaf:X}.{subleaf}:{register}[{bit}]")));
         }
     }
+    let more = match missing.len().checked_sub(NAMED) {
+        None | Some(0) => String::new(),
+        Some(more) => format!(" and {more} more"),
+    };
+    missing.truncate(NAMED);
     match missing.is_empty() {
         true => Ok(()),
-        false => {
-            let model = model.name();
-            Err(unsupported(format!(
-                "its KVM lacks what CPU model {model} needs: {}",
-                missing.join(", ")
-            )))
-        }
+        false => Err(unsupported(format!(
+            "its KVM lacks what CPU model {} needs: {}{more}",
+            model.name(),
+            missing.join(", ")
+        ))),
     }
 }
 

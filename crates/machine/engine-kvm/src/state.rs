@@ -20,6 +20,7 @@ use crate::vcpu::KvmVcpu;
 
 /// Byte offsets in the XSAVE area.
 const MXCSR_MASK: usize = 28;
+const SOFTWARE: usize = 464;
 const XSTATE_BV: usize = 512;
 /// All bits of MXCSR that exist: what the mask says on every CPU that the models allow.
 const MXCSR_ALL: u32 = 0xffff;
@@ -357,6 +358,8 @@ fn save_xsave(vcpu: &KvmVcpu) -> Result<XsaveState, EngineError> {
     bytes.truncate(xsave_size(mask) as usize);
     // The kernel fills in the initial values of components that are in their initial state: all are valid.
     put(&mut bytes, XSTATE_BV, &mask.to_le_bytes());
+    // What the kernel says of the host's CPU in the part left to software is no business of the guest's state.
+    put(&mut bytes, SOFTWARE, &[0; XSTATE_BV - SOFTWARE]);
     put(&mut bytes, MXCSR_MASK, &MXCSR_ALL.to_le_bytes());
     Ok(XsaveState { bytes })
 }

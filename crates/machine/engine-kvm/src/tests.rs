@@ -11,6 +11,7 @@ use strata_engine::{
     Doorbell, DoorbellAddress, DoorbellSpace, Engine, Exit, IoBus, MachineClock, MsiMessage, Vcpu,
     VcpuId,
 };
+use strata_engine_dbt::{Translator, TranslatorConfig};
 use strata_memory::{Gpa, GuestMemory, SlotKind};
 
 use crate::{Kvm, KvmConfig};
@@ -458,4 +459,106 @@ fn time_stands_while_the_machine_does() {
     std::thread::sleep(Duration::from_millis(1000));
     rig.clock.start();
     near(read(), &rig.clock);
+}
+
+#[test]
+fn an_8259_interrupts_through_lint0() {
+    let Some(rig) = Rig::new(1) else { return };
+    // sti; hlt; jmp to hlt
+    let mut vcpu = rig.vcpu(0, &[0xfb, 0xf4, 0xeb, 0xfd]);
+    // out 0x10, al; iret
+    rig.memory.write(Gpa(0x3000), &[0xe6, 0x10, 0xcf]).unwrap();
+    rig.memory.write_u32(Gpa(0x21 * 4), 0x0300_0000).unwrap();
+    let mut state = vcpu.state();
+    let apic = state.apic.as_mut().unwrap();
+    assert_eq!(apic.registers[0x35], 1 << 16, "masked after reset");
+    apic.registers[0x0f] = 0x1ff;
+    apic.registers[0x35] = 0x700;
+    vcpu.set_state(&state).unwrap();
+    rig.engine.interrupts().ext_int(Some(0x21));
+    let notes = Notes::default();
+    assert_eq!(run(&mut vcpu, &notes), Exit::Kicked);
+    assert_eq!(notes.log().len(), 1);
+    assert_eq!(vcpu.stats().interrupts, 1);
+}
+
+#[test]
+fn one_cpu_starts_another() {
+    let Some(rig) = Rig::new(2) else { return };
+    #[rustfmt::skip]
+    let code = [
+        0x66, 0xb8, 0, 0, 0, 1,       // mov eax, 1 << 24
+        0x66, 0xa3, 0x10, 0x03,       // mov [0x310], eax: to CPU 1
+        0x66, 0xb8, 0, 0x45, 0, 0,    // mov eax, 0x4500
+        0x66, 0xa3, 0x00, 0x03,       // mov [0x300], eax: INIT
+        0x66, 0xb8, 7, 0x46, 0, 0,    // mov eax, 0x4607
+        0x66, 0xa3, 0x00, 0x03,       // mov [0x300], eax: start at 0x7000
+        0xeb, 0xfe,                   // jmp to itself
+    ];
+    let mut first = rig.vcpu(0, &code);
+    // mov al, 0x42; out 0x10, al; hlt
+    rig.memory
+        .write(Gpa(0x7000), &[0xb0, 0x42, 0xe6, 0x10, 0xf4])
+        .unwrap();
+    let mut state = first.state();
+    state.segments[3].base = 0xfee0_0000;
+    state.apic.as_mut().unwrap().registers[0x0f] = 0x1ff;
+    first.set_state(&state).unwrap();
+    let mut second = rig.engine.create_vcpu(VcpuId(1)).unwrap();
+    // As a machine does when it restarts.
+    let reset = second.state();
+    second.set_state(&reset).unwrap();
+    let kicker = first.kicker();
+    let thread = std::thread::spawn(move || first.run(&Notes::default()).unwrap());
+    let notes = Notes::default();
+    assert_eq!(run(&mut second, &notes), Exit::Kicked);
+    assert_eq!(notes.log(), [('o', 0x10, vec![0x42])]);
+    let state = second.state();
+    assert_eq!(
+        (state.segments[1].selector, state.rip),
+        (0x700, 4),
+        "started at page 7"
+    );
+    kicker.kick();
+    assert_eq!(thread.join().unwrap(), Exit::Kicked);
+}
+
+#[test]
+fn a_new_cpu_is_as_the_translators() {
+    let Some(rig) = Rig::new(1) else { return };
+    let translator = Translator::new(TranslatorConfig {
+        memory: rig.memory.clone(),
+        clock: rig.clock.clone(),
+        model: CpuModel::named("baseline").unwrap(),
+        vcpus: 1,
+        reference: false,
+        count: false,
+        lockstep: 0,
+    })
+    .unwrap();
+    let mut ours = rig.engine.create_vcpu(VcpuId(0)).unwrap().state();
+    let mut theirs = translator.create_vcpu(VcpuId(0)).unwrap().state();
+    // The translator has registers that it adds to every model, and a counter of the machine clock's frequency.
+    theirs
+        .msrs
+        .retain(|entry| ours.msrs.iter().any(|other| other.index == entry.index));
+    ours.tsc_hz = theirs.tsc_hz;
+    let (mine, other) = (ours.apic.take().unwrap(), theirs.apic.take().unwrap());
+    assert_eq!(
+        std::mem::take(&mut ours.msrs),
+        std::mem::take(&mut theirs.msrs)
+    );
+    assert_eq!(
+        std::mem::take(&mut ours.xsave),
+        std::mem::take(&mut theirs.xsave)
+    );
+    assert_eq!(ours, theirs);
+    assert_eq!(mine.base, other.base);
+    let version = 3;
+    for (index, (mine, other)) in mine.registers.iter().zip(&other.registers).enumerate() {
+        assert!(
+            index == version || mine == other,
+            "register {index:#x}: {mine:#x} and {other:#x}"
+        );
+    }
 }

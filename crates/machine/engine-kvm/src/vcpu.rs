@@ -19,6 +19,10 @@ const KVM_INTERRUPT: libc::c_ulong = 0x4004_ae86;
 /// `_IOW(KVMIO, 0xe1 and 0xe2, struct kvm_device_attr)`, which they lack for vCPUs on x86.
 const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
 const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
+/// Types of segments (Intel SDM vol. 3, 3.4.5.1 and 3.5): accessed, and readable or writable.
+const CODE: u8 = 11;
+const DATA: u8 = 3;
+const BUSY_TSS: u8 = 11;
 /// MTRRs on, everything write-back: as firmware leaves them.
 const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 /// Fast strings on, no branch-trace store, no event sampling.
@@ -104,6 +108,7 @@ impl KvmVcpu {
             stats: VcpuStats::default(),
             broken: None,
         };
+        vcpu.reset_segments()?;
         for (index, value) in [
             (MsrIndex::MTRR_DEFAULT_TYPE, MTRR_WRITE_BACK),
             (MsrIndex::MISC_ENABLE, MISC_ENABLE),
@@ -113,6 +118,28 @@ impl KvmVcpu {
             }
         }
         Ok(vcpu)
+    }
+
+    /// Gives the segments the types that the manual gives them after a reset, which not every KVM does.
+    fn reset_segments(&mut self) -> Result<(), EngineError> {
+        let mut sregs = self
+            .fd
+            .get_sregs()
+            .map_err(failed("reading system registers"))?;
+        sregs.cs.type_ = CODE;
+        for data in [
+            &mut sregs.ds,
+            &mut sregs.es,
+            &mut sregs.fs,
+            &mut sregs.gs,
+            &mut sregs.ss,
+        ] {
+            data.type_ = DATA;
+        }
+        sregs.tr.type_ = BUSY_TSS;
+        self.fd
+            .set_sregs(&sregs)
+            .map_err(failed("setting system registers"))
     }
 
     pub(crate) fn shared(&self) -> Arc<Shared> {
