@@ -118,7 +118,10 @@ impl Exec<'_> {
         } else {
             last <= u64::from(segment.limit)
         };
-        if inside { Ok(linear) } else { Err(fault) }
+        if !inside {
+            return Err(fault);
+        }
+        self.aligned(linear, size).map(|()| linear)
     }
 
     /// Reads one page-table entry; memory that is not RAM reads as not present.

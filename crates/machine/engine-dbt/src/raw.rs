@@ -187,7 +187,22 @@ impl Raw {
             raw.imm[0] = *bytes.get(instr.len().checked_sub(1)?)?;
             raw.imm_len = 1;
         }
+        if bits != 64 {
+            raw.narrow(instr);
+        }
         Some(raw)
+    }
+
+    /// Clears what code of 16 and 32 bits ignores in a VEX prefix, and 64-bit code would not: the extension of the
+    /// ModRM operand, the top bits of the other register numbers, W where it chooses a general register's size.
+    fn narrow(&mut self, instr: &Instruction) {
+        let Some(vex) = &mut self.vex else { return };
+        self.rex = 0;
+        vex.vvvv &= 7;
+        vex.w &= !instr.op_code().is_wig32();
+        if self.map == 3 && instr.op_count() >= 4 && !matches!(instr.op3_kind(), iced_x86::OpKind::Immediate8) {
+            self.imm[0] &= 0x7f;
+        }
     }
 
     /// The immediate bytes.

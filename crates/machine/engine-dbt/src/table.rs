@@ -287,7 +287,9 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
     if code.is_jcc_short_or_near() {
         return Treatment::JumpIf;
     }
-    if interpreted(instr) {
+    // Outside of 64-bit code they leave the upper eight registers alone.
+    let lower_half = context.bits != 64 && matches!(instr.mnemonic(), M::Vzeroall | M::Vzeroupper);
+    if interpreted(instr) || lower_half {
         return Treatment::Interpret;
     }
     let vector = uses_vector(instr);
@@ -307,7 +309,9 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
         instr.mnemonic(),
         M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq
     ) {
-        return Treatment::Masked;
+        // The check that nothing is stored to a code segment is not made there.
+        let code_segment = context.bits != 64 && instr.memory_segment() == Register::CS;
+        return if code_segment { Treatment::Interpret } else { Treatment::Masked };
     }
     if (0..instr.op_count()).any(|i| instr.op_code().op_kind(i) == OpCodeOperandKind::mem_offs) {
         return Treatment::MovOffset;

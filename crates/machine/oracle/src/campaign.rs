@@ -3,14 +3,14 @@
 use std::fmt::Write;
 
 use anyhow::{Context, Result};
-use iced_x86::{Mnemonic as M, Register};
+use iced_x86::{Mnemonic as M, Register, RflagsBits};
 
 use crate::compare::{Tolerance, differences};
 use crate::coverage::Coverage;
-use crate::generate::{Generator, Program, fill_page};
+use crate::generate::{Generator, Program, fill_page, leaves_undefined};
 use crate::guest::{Guest, model};
-use crate::layout::TRAMPOLINE;
 use crate::layout::{BATCH, BATCHES, CASE_ROOM, CASE_SHIFT, CODE, RW_PAGES, TAIL, Template};
+use crate::layout::{TRAMPOLINE, TRAMPOLINE_32};
 use crate::native::Native;
 use crate::rng::Rng;
 use crate::state::{DONE, Lines, State, TIMEOUT};
@@ -81,10 +81,12 @@ impl Campaign {
             fill_page(&mut rng, page);
         }
         let base = CODE + (batch % BATCHES) * BATCH as u64 * CASE_ROOM;
+        // Every fourth batch is 32-bit code.
+        let bits = if batch % 4 == 3 { 32 } else { 64 };
         (0..BATCH as u64)
             .map(|i| {
                 self.generator
-                    .program(&mut rng, base + i * CASE_ROOM, &self.template)
+                    .program(&mut rng, base + i * CASE_ROOM, bits, &self.template)
             })
             .collect()
     }
@@ -122,7 +124,12 @@ impl Campaign {
             let at = (program.start - base) as usize;
             code[at..at + program.bytes.len()].copy_from_slice(&program.bytes);
             let tail = at + program.bytes.len();
-            let jump = TRAMPOLINE.wrapping_sub(program.end() + TAIL as u64) as u32;
+            let end = if program.bits == 64 {
+                TRAMPOLINE
+            } else {
+                TRAMPOLINE_32
+            };
+            let jump = end.wrapping_sub(program.end() + TAIL as u64) as u32;
             code[tail] = 0xe9;
             code[tail + 1..tail + TAIL].copy_from_slice(&jump.to_le_bytes());
         }
@@ -155,7 +162,7 @@ impl Campaign {
     }
 
     /// Runs these instructions, which must not branch, from 1024 random states.
-    pub fn bytes(&mut self, bytes: &[u8]) -> Result<Vec<Difference>> {
+    pub fn bytes(&mut self, bits: u32, bytes: &[u8]) -> Result<Vec<Difference>> {
         let mut out = Vec::new();
         for batch in 0..8 {
             let base = CODE + (batch % BATCHES) * BATCH as u64 * CASE_ROOM;
@@ -166,7 +173,8 @@ impl Campaign {
             let programs: Vec<Program> = (0..BATCH as u64)
                 .map(|i| {
                     let start = base + i * CASE_ROOM + CASE_SHIFT + rng.below(64);
-                    self.generator.given(&mut rng, start, bytes, &self.template)
+                    self.generator
+                        .given(&mut rng, start, bits, bytes, &self.template)
                 })
                 .collect();
             let found = self.run(&programs, base + CASE_SHIFT, BATCH as u64 * CASE_ROOM)?;
@@ -203,6 +211,23 @@ fn tolerance(program: &Program, end: &State) -> Tolerance {
         either: end.mxcsr() & 0x2_0000 != 0,
         ..Tolerance::default()
     };
+    for instr in program
+        .instructions
+        .iter()
+        .filter(|instr| leaves_undefined(instr))
+    {
+        let undefined = instr.rflags_undefined();
+        for (bit, flag) in [
+            (RflagsBits::OF, 0x800),
+            (RflagsBits::SF, 0x80),
+            (RflagsBits::ZF, 0x40),
+            (RflagsBits::AF, 0x10),
+            (RflagsBits::CF, 1),
+            (RflagsBits::PF, 4),
+        ] {
+            out.flags |= if undefined & bit != 0 { flag } else { 0 };
+        }
+    }
     let Some(last) = program
         .instructions
         .iter()
@@ -218,9 +243,15 @@ fn tolerance(program: &Program, end: &State) -> Tolerance {
             out.any_fault = true
         }
         // So are the two operands of comparisons, and the stack and the target of calls.
-        M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq | M::Call => out.any_fault = true,
+        M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq | M::Call | M::Bound => out.any_fault = true,
         // "Exceptions associated with addressing memory may still be signaled" for bytes masked off (SDM vol. 2).
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => out.either = true,
+        // So are the lanes of masked moves, at the end of 32-bit offsets.
+        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => {
+            out.any_fault = program.bits == 32;
+        }
+        // Processors differ on whether what was popped or pushed before a fault stays.
+        M::Popa | M::Popad | M::Pusha | M::Pushad => out.either = true,
         // A single-step trap that is due for elements gathered before a fault comes first on some processors.
         _ if last.is_vsib() && program.init.rflags & 0x100 != 0 => out.either = true,
         _ => {}
@@ -228,18 +259,22 @@ fn tolerance(program: &Program, end: &State) -> Tolerance {
     // Which operands of vector and x87 instructions must be aligned when AC is set is the processor's choice.
     out.either |= end.vector == 17 && last.memory_size().size() > 8;
     // AMD's processors want offsets to be canonical before FS or GS base is added, Intel's only linear addresses.
+    // Operands of FS or GS across the end of 32-bit offsets do or do not fault, likewise.
     if matches!(last.memory_segment(), Register::FS | Register::GS) {
         let canonical = |address: u64| (address as i64) << 16 >> 16 == address as i64;
         out.either |= (0..last.op_count()).any(|operand| {
             let offset = last.virtual_address(operand, 0, |register, _, _| {
+                let value = end.gpr[register.full_register().number() % 16];
+                let unused = 64 - 8 * register.size().clamp(1, 8);
                 Some(if register.is_gpr() {
-                    end.gpr[register.full_register().number()]
+                    value << unused >> unused
                 } else {
                     0
                 })
             });
             offset.is_some_and(|offset| {
-                !canonical(offset)
+                (program.bits == 32 && offset > u64::from(u32::MAX) - 63)
+                    || !canonical(offset)
                     || !canonical(offset.wrapping_add(63))
                     || offset.checked_add(63).is_none()
             })

@@ -96,7 +96,7 @@ impl Coverage {
     /// Codes and kinds that some case may have and too few had.
     pub fn missing(&self, generator: &Generator) -> Vec<(Code, Kind, u64)> {
         let mut out = Vec::new();
-        for (code, memory, register) in generator.forms() {
+        for (code, memory, register) in generator.forms(64).chain(generator.forms(32)) {
             let kinds: &[Kind] = match (memory, register) {
                 (true, true) => &[Kind::Register, Kind::Memory, Kind::Absolute, Kind::Segment],
                 (true, false) => &[Kind::Memory, Kind::Absolute, Kind::Segment],
@@ -138,7 +138,10 @@ pub fn gaps(features: &FeatureSet) -> Vec<(Code, &'static str)> {
     Code::values()
         .filter(|&code| {
             let op = code.op_code();
-            op.is_instruction() && op.intel_decoder64() && !op.fwait() && features.allows(code)
+            op.is_instruction()
+                && (op.intel_decoder64() || op.intel_decoder32())
+                && !op.fwait()
+                && features.allows(code)
         })
         .filter_map(|code| exclude::code(code).map(|reason| (code, reason)))
         .collect()

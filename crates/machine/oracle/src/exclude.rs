@@ -1,6 +1,6 @@
 //! What is not compared with the CPU, and why. These lists may only shrink.
 
-use iced_x86::{Code, Instruction, Mnemonic as M};
+use iced_x86::{Code, CodeSize, Instruction, Mnemonic as M, OpCodeOperandKind};
 
 /// Why no case has an instruction of this code, if so.
 pub fn code(code: Code) -> Option<&'static str> {
@@ -23,12 +23,25 @@ pub fn code(code: Code) -> Option<&'static str> {
             "depends on the host's descriptor tables"
         }
         M::Pop
-            if matches!(
-                code,
-                Code::Popw_FS | Code::Popw_GS | Code::Popq_FS | Code::Popq_GS
-            ) =>
+            if code.op_code().op_kinds().iter().any(|kind| {
+                use OpCodeOperandKind as K;
+                matches!(kind, K::es | K::ss | K::ds | K::fs | K::gs)
+            }) =>
         {
             "depends on the host's descriptor tables"
+        }
+        M::Push
+            if matches!(
+                code,
+                Code::Pushd_ES
+                    | Code::Pushd_CS
+                    | Code::Pushd_SS
+                    | Code::Pushd_DS
+                    | Code::Pushd_FS
+                    | Code::Pushd_GS
+            ) =>
+        {
+            "processors differ on the upper half of the stack slot"
         }
         M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => {
             "emulated by the host's kernel where it faults"
@@ -77,14 +90,18 @@ pub fn instruction(instr: &Instruction, bytes: &[u8]) -> Option<&'static str> {
             M::Call | M::Jmp | M::Ret | M::Loop | M::Loope | M::Loopne
         )
         || matches!(instr.mnemonic(), M::Jcxz | M::Jecxz | M::Jrcxz);
-    if near && prefixes(bytes).contains(&0x66) {
+    let wide = instr.code_size() == CodeSize::Code64;
+    if near && wide && prefixes(bytes).contains(&0x66) {
         return Some("vendors differ on near branches with an operand-size prefix in 64-bit mode");
+    }
+    if !wide && instr.mnemonic() == M::Sysret {
+        return Some("vendors differ on whether it exists in compatibility mode");
     }
     let repeat = prefixes(bytes).iter().any(|b| matches!(b, 0xf2 | 0xf3));
     if matches!(instr.mnemonic(), M::Loope | M::Loopne) && repeat {
         return Some("reserved use of a REP prefix, with effects that vendors do not document");
     }
-    if instr.mnemonic() == M::Pause && bytes.iter().any(|b| b & 0xf1 == 0x41) {
+    if wide && instr.mnemonic() == M::Pause && bytes.iter().any(|b| b & 0xf1 == 0x41) {
         return Some("XCHG for the CPU, but iced-x86 takes it for PAUSE");
     }
     None
@@ -103,6 +120,7 @@ pub fn invalid(bytes: &[u8]) -> Option<&'static str> {
         [0x62, ..] => Some("EVEX, which the host may have"),
         [0x8f, ..] => Some("XOP, which the host may have"),
         [0x0f, 0x01 | 0x0d | 0x18..=0x1f, ..] => Some("instructions of one vendor alone"),
+        [0x0f, 0x20 | 0x22, ..] => Some("MOV with CR8 in AMD's way, by LOCK"),
         [0x0f, 0x0f, ..] => Some("3DNow!, which the host may have"),
         _ => None,
     }

@@ -20,6 +20,8 @@ pub use values::{fill_page, hot_address};
 pub struct Program {
     /// Linear address of the first byte.
     pub start: u64,
+    /// 64 or 32.
+    pub bits: u32,
     /// The bytes.
     pub bytes: Vec<u8>,
     /// The instructions in order.
@@ -46,23 +48,34 @@ impl Program {
 
 /// What cases are made from.
 pub struct Generator {
-    shapes: Vec<Shape>,
+    /// By code size.
+    sizes: [(u32, Shapes); 2],
+    features: FeatureSet,
+}
+
+struct Shapes {
+    all: Vec<Shape>,
     /// Indices of shapes without vector or x87 operands, so that those get their share.
     plain: Vec<usize>,
-    features: FeatureSet,
 }
 
 impl Generator {
     /// A generator for everything that `model` has.
     pub fn new(model: &CpuModel) -> Generator {
         let features = FeatureSet::of(model);
-        let shapes: Vec<Shape> = valid_codes(&features).filter_map(Shape::of).collect();
-        let plain = (0..shapes.len()).filter(|&i| !shapes[i].vector).collect();
-        Generator {
-            shapes,
-            plain,
-            features,
-        }
+        let sizes = [64, 32].map(|bits| {
+            let all: Vec<Shape> = valid_codes(&features, bits)
+                .filter_map(|code| Shape::of(code, bits))
+                .collect();
+            let plain = (0..all.len()).filter(|&i| !all[i].vector).collect();
+            (bits, Shapes { all, plain })
+        });
+        Generator { sizes, features }
+    }
+
+    fn shapes(&self, bits: u32) -> &Shapes {
+        let [(_, wide), (_, narrow)] = &self.sizes;
+        if bits == 64 { wide } else { narrow }
     }
 
     /// What the model has.
@@ -71,21 +84,23 @@ impl Generator {
     }
 
     /// The codes that are generated, and whether with memory and with register operands.
-    pub fn forms(&self) -> impl Iterator<Item = (Code, bool, bool)> + '_ {
-        self.shapes
+    pub fn forms(&self, bits: u32) -> impl Iterator<Item = (Code, bool, bool)> + '_ {
+        self.shapes(bits)
+            .all
             .iter()
             .map(|shape| (shape.code, shape.memory, shape.register))
     }
 
     /// Tries to make `code`, without running it.
-    pub fn makes(&self, rng: &mut Rng, code: Code) -> bool {
-        self.shapes
+    pub fn makes(&self, rng: &mut Rng, code: Code, bits: u32) -> bool {
+        self.shapes(bits)
+            .all
             .iter()
             .filter(|shape| shape.code == code)
             .any(|shape| {
                 (0..3000).any(|_| {
                     let bytes = shape.bytes(rng);
-                    let instr = Decoder::with_ip(64, &bytes, 0, DecoderOptions::NONE).decode();
+                    let instr = Decoder::with_ip(bits, &bytes, 0, DecoderOptions::NONE).decode();
                     instr.code() == code
                         && exclude::instruction(&instr, &bytes[..instr.len()]).is_none()
                 })
@@ -93,7 +108,7 @@ impl Generator {
     }
 
     /// One case for the room at `room`, see [`crate::layout`].
-    pub fn program(&self, rng: &mut Rng, room: u64, template: &Template) -> Program {
+    pub fn program(&self, rng: &mut Rng, room: u64, bits: u32, template: &Template) -> Program {
         let count = if rng.chance(50) { 1 } else { 1 + rng.below(8) };
         // Now and then across a page end, else anywhere in the first half.
         let base = room + CASE_SHIFT;
@@ -105,6 +120,7 @@ impl Generator {
         };
         let mut program = Program {
             start,
+            bits,
             bytes: Vec::with_capacity(64),
             instructions: Vec::new(),
             init: State::ZERO,
@@ -112,7 +128,7 @@ impl Generator {
         let limit = (base + CASE_ROOM - start) as usize - TAIL;
         for _ in 0..count {
             let ip = program.end();
-            let Some((bytes, instr)) = self.instruction(rng, ip) else {
+            let Some((bytes, instr)) = self.instruction(rng, ip, bits) else {
                 continue;
             };
             if program.bytes.len() + bytes.len() > limit {
@@ -120,7 +136,7 @@ impl Generator {
             }
             program.bytes.extend_from_slice(&bytes);
             program.instructions.push(instr);
-            if instr.is_invalid() {
+            if instr.is_invalid() || leaves_undefined(&instr) {
                 break;
             }
         }
@@ -130,12 +146,20 @@ impl Generator {
     }
 
     /// A case of these bytes from a random state.
-    pub fn given(&self, rng: &mut Rng, start: u64, bytes: &[u8], template: &Template) -> Program {
-        let instructions = Decoder::with_ip(64, bytes, start, DecoderOptions::NONE)
+    pub fn given(
+        &self,
+        rng: &mut Rng,
+        start: u64,
+        bits: u32,
+        bytes: &[u8],
+        template: &Template,
+    ) -> Program {
+        let instructions = Decoder::with_ip(bits, bytes, start, DecoderOptions::NONE)
             .into_iter()
             .collect();
         let mut program = Program {
             start,
+            bits,
             bytes: bytes.to_vec(),
             instructions,
             init: State::ZERO,
@@ -145,19 +169,20 @@ impl Generator {
     }
 
     /// One instruction at `ip` that may be run natively.
-    fn instruction(&self, rng: &mut Rng, ip: u64) -> Option<(Vec<u8>, Instruction)> {
+    fn instruction(&self, rng: &mut Rng, ip: u64, bits: u32) -> Option<(Vec<u8>, Instruction)> {
+        let shapes = self.shapes(bits);
         for _ in 0..20 {
             let mut bytes = if rng.chance(4) {
                 (0..15).map(|_| rng.byte()).collect()
             } else {
                 let shape = if rng.chance(45) {
-                    &self.shapes[rng.pick(&self.plain)]
+                    &shapes.all[rng.pick(&shapes.plain)]
                 } else {
-                    &self.shapes[rng.below(self.shapes.len() as u64) as usize]
+                    &shapes.all[rng.below(shapes.all.len() as u64) as usize]
                 };
                 shape.bytes(rng)
             };
-            let mut decoder = Decoder::with_ip(64, &bytes, ip, DecoderOptions::NONE);
+            let mut decoder = Decoder::with_ip(bits, &bytes, ip, DecoderOptions::NONE);
             let instr = decoder.decode();
             if instr.is_invalid() {
                 if rng.chance(3) && exclude::invalid(&bytes).is_none() {
@@ -167,8 +192,8 @@ impl Generator {
             }
             let offsets = decoder.get_constant_offsets(&instr);
             bytes.truncate(instr.len());
-            encode::tame(rng, &mut bytes, &instr, &offsets);
-            let instr = Decoder::with_ip(64, &bytes, ip, DecoderOptions::NONE).decode();
+            encode::tame(rng, bits, &mut bytes, &instr, &offsets);
+            let instr = Decoder::with_ip(bits, &bytes, ip, DecoderOptions::NONE).decode();
             if instr.is_invalid() || exclude::instruction(&instr, &bytes).is_some() {
                 continue;
             }
@@ -204,7 +229,7 @@ impl Generator {
             program.bytes[at - width..at].copy_from_slice(&rel.to_le_bytes()[..width]);
             let from = (instr.ip() - program.start) as usize;
             program.instructions[i] = Decoder::with_ip(
-                64,
+                program.bits,
                 &program.bytes[from..at],
                 instr.ip(),
                 DecoderOptions::NONE,
@@ -215,14 +240,27 @@ impl Generator {
 }
 
 /// Every code of 64-bit mode that the model has and that is not left out.
-pub fn valid_codes(features: &FeatureSet) -> impl Iterator<Item = Code> + '_ {
+pub fn valid_codes(features: &FeatureSet, bits: u32) -> impl Iterator<Item = Code> + '_ {
     Code::values().filter(move |&code| {
         let op = code.op_code();
         op.is_instruction()
-            && op.intel_decoder64()
+            && if bits == 64 {
+                op.intel_decoder64()
+            } else {
+                op.intel_decoder32()
+            }
             && !op.fwait()
             && code.mnemonic() != Mnemonic::INVALID
             && features.allows(code)
             && exclude::code(code).is_none()
     })
+}
+
+/// True for what leaves results undefined that the engine does not take from the host: nothing may follow.
+pub fn leaves_undefined(instr: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        instr.mnemonic(),
+        M::Aaa | M::Aas | M::Aam | M::Aad | M::Daa | M::Das
+    )
 }

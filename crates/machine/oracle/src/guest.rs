@@ -12,7 +12,8 @@ use strata_engine_dbt::{Translator, TranslatorConfig};
 use strata_memory::{Gpa, GuestMemory, SlotKind};
 
 use crate::layout::{
-    CODE, CODE_SIZE, LINE, PAGE, READ_ONLY, RW_PAGES, TRAMPOLINE, Template, USER_CS, USER_SS,
+    CODE, CODE_SIZE, LINE, PAGE, READ_ONLY, RW_PAGES, TRAMPOLINE, TRAMPOLINE_32, Template, USER_CS,
+    USER_DS,
 };
 use crate::state::{BROKEN, DONE, Lines, State};
 
@@ -109,7 +110,9 @@ impl Guest {
         }
         tables.map(READ_ONLY, gpa, NX)?;
         tables.map(TRAMPOLINE, gpa + 3 * PAGE, 0)?;
-        memory.write(Gpa(gpa + 3 * PAGE), &[0x0f, 0x0b])?;
+        for at in [0, TRAMPOLINE_32 - TRAMPOLINE] {
+            memory.write(Gpa(gpa + 3 * PAGE + at), &[0x0f, 0x0b])?;
+        }
         memory.write(Gpa(gpa), read_only)?;
         let engine = Translator::new(TranslatorConfig {
             memory: memory.clone(),
@@ -151,8 +154,26 @@ impl Guest {
         cpu.rip = init.rip;
         cpu.set_rflags(init.rflags);
         for (index, base) in [(4, init.fs), (5, init.gs)] {
-            cpu.set_segment(index, Segment { base, ..UNUSABLE });
+            cpu.set_segment(
+                index,
+                Segment {
+                    base,
+                    ..DATA_SEGMENT
+                },
+            );
         }
+        let attributes = if init.cs == u64::from(USER_CS) {
+            0xa0fb
+        } else {
+            0xc0fb
+        };
+        let code = Segment {
+            selector: init.cs as u16,
+            base: 0,
+            limit: u32::MAX,
+            attributes,
+        };
+        cpu.set_segment(1, code);
         cpu.ymm.0 = init.ymm;
         cpu.fx.0 = init.fx.0;
         cpu.mxcsr = init.mxcsr();
@@ -174,7 +195,9 @@ impl Guest {
         out.fx.0 = cpu.fx.0;
         out.set_mxcsr(cpu.mxcsr);
         match (exit, stopped) {
-            (Ok(Exit::Kicked), Some(Fault { vector: 1 | 6, .. })) if cpu.rip == TRAMPOLINE => {
+            (Ok(Exit::Kicked), Some(Fault { vector: 1 | 6, .. }))
+                if cpu.rip == TRAMPOLINE || cpu.rip == TRAMPOLINE_32 =>
+            {
                 out.vector = DONE
             }
             (Ok(Exit::Kicked), Some(fault)) => {
@@ -199,36 +222,18 @@ impl Guest {
     }
 }
 
-const UNUSABLE: Segment = Segment {
-    selector: 0,
+const DATA_SEGMENT: Segment = Segment {
+    selector: USER_DS,
     base: 0,
-    limit: 0,
-    attributes: 0,
+    limit: u32::MAX,
+    attributes: 0xc0f3,
 };
 
-/// 64-bit user code as Linux sets it up.
+/// User code in a long mode as Linux sets it up.
 fn user_mode(cpu: &mut Cpu) {
-    for index in [0, 3, 4, 5] {
-        cpu.set_segment(index, UNUSABLE);
+    for index in [0, 2, 3, 4, 5] {
+        cpu.set_segment(index, DATA_SEGMENT);
     }
-    cpu.set_segment(
-        1,
-        Segment {
-            selector: USER_CS,
-            base: 0,
-            limit: u32::MAX,
-            attributes: 0xa0fb,
-        },
-    );
-    cpu.set_segment(
-        2,
-        Segment {
-            selector: USER_SS,
-            base: 0,
-            limit: u32::MAX,
-            attributes: 0xc0f3,
-        },
-    );
     // Too small for an I/O bitmap: no port is allowed.
     cpu.tr = Segment {
         selector: 0x40,

@@ -6,6 +6,8 @@ pub const CODE: u64 = 0x1000_0000;
 pub const CODE_SIZE: u64 = 4 << 20;
 /// Where every case's code jumps at its end: to the exit stub natively, to UD2 in the guest.
 pub const TRAMPOLINE: u64 = CODE - (1 << 20);
+/// The same for 32-bit code.
+pub const TRAMPOLINE_32: u64 = TRAMPOLINE + 0x100;
 /// Cases of one batch.
 pub const BATCH: usize = 128;
 /// Bytes of code room for each case.
@@ -48,7 +50,9 @@ pub const RW_LINES: usize = RW_PAGES.len() * 4096 / LINE;
 #[derive(Clone)]
 pub struct Template(pub [[u8; 4096]; RW_PAGES.len()]);
 
-/// Selectors of 64-bit user code on Linux, which the guest uses as well.
+/// Code selector of 64-bit user code on Linux, which the guest uses as well.
 pub const USER_CS: u16 = 0x33;
-/// Stack selector.
-pub const USER_SS: u16 = 0x2b;
+/// Code selector of 32-bit user code.
+pub const USER_CS_32: u16 = 0x23;
+/// Selector of all other segments.
+pub const USER_DS: u16 = 0x2b;

@@ -10,8 +10,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::null_mut;
 
 use crate::layout::{
-    BATCH, CODE, CODE_SIZE, DATA, HIGH, LINE, PAGE, READ_ONLY, RW_PAGES, TRAMPOLINE, Template,
-    USER_CS, USER_SS,
+    BATCH, CODE, CODE_SIZE, DATA, HIGH, LINE, PAGE, READ_ONLY, RW_PAGES, TRAMPOLINE, TRAMPOLINE_32,
+    Template, USER_CS, USER_DS,
 };
 use crate::state::{Case, DONE, State, TIMEOUT, off};
 
@@ -198,12 +198,16 @@ unsafe extern "C" fn handler(
         out.cr2 = regs[libc::REG_CR2 as usize] as u64;
         // A trap that the jump to the exit took: the case was at its end.
         if out.vector == 1
-            && (out.rip == TRAMPOLINE || out.rip == strata_oracle_exit as *const () as u64)
+            && (out.rip == TRAMPOLINE
+                || out.rip == TRAMPOLINE_32
+                || out.rip == strata_oracle_exit as *const () as u64)
         {
             out.vector = DONE;
         }
         regs[libc::REG_RIP as usize] = strata_oracle_finish as *const () as i64;
         regs[libc::REG_EFL as usize] = 0x202;
+        let selectors = &mut regs[libc::REG_CSGSFS as usize];
+        *selectors = *selectors & !0xffff | i64::from(USER_CS);
     }
 }
 
@@ -367,6 +371,12 @@ unsafe fn child(shared: *mut Shared, code: i32, input: i32, output: i32) -> io::
             .add(8)
             .cast::<u64>()
             .write(strata_oracle_exit as *const () as u64);
+        // jmp far USER_CS:TRAMPOLINE, in 32-bit code.
+        let mut far = [0xeau8, 0, 0, 0, 0, USER_CS as u8, 0];
+        far[1..5].copy_from_slice(&(TRAMPOLINE as u32).to_le_bytes());
+        trampoline
+            .add((TRAMPOLINE_32 - TRAMPOLINE) as usize)
+            .copy_from_nonoverlapping(far.as_ptr(), 7);
         libc::mprotect(trampoline.cast(), 4096, libc::PROT_READ | libc::PROT_EXEC);
         map(
             CODE,
@@ -385,6 +395,7 @@ unsafe fn child(shared: *mut Shared, code: i32, input: i32, output: i32) -> io::
         let read_only = map(READ_ONLY, PAGE as usize, rw, private, -1)?;
         read_only.copy_from_nonoverlapping((*shared).read_only.0.as_ptr(), 4096);
         libc::mprotect(read_only.cast(), 4096, libc::PROT_READ);
+        segments();
         signals()?;
         confine()?;
         loop {
@@ -401,6 +412,19 @@ unsafe fn child(shared: *mut Shared, code: i32, input: i32, output: i32) -> io::
                 return Ok(());
             }
         }
+    }
+}
+
+/// Gives every data segment register the flat segment that 32-bit code needs; the bases of FS and GS stay.
+unsafe fn segments() {
+    // SAFETY: in 64-bit code nothing but the bases matters, and those are put back.
+    unsafe {
+        std::arch::asm!(
+            "mov ds, {ds:e}", "mov es, {ds:e}",
+            "rdfsbase {base}", "mov fs, {ds:e}", "wrfsbase {base}",
+            "rdgsbase {base}", "mov gs, {ds:e}", "wrgsbase {base}",
+            ds = in(reg) u32::from(USER_DS), base = out(reg) _,
+        );
     }
 }
 
@@ -516,10 +540,10 @@ unsafe fn batch(shared: &mut Shared) {
             let case = &mut shared.cases[number as usize];
             case.init.iret = [
                 case.init.rip,
-                u64::from(USER_CS),
+                case.init.cs,
                 case.init.rflags,
                 case.init.gpr[4],
-                u64::from(USER_SS),
+                u64::from(USER_DS),
             ];
             TICKS = 0;
             strata_oracle_enter(&case.init);

@@ -24,8 +24,10 @@ pub struct State {
     pub cr2: u64,
     /// RIP, CS, RFLAGS, RSP, SS for IRETQ.
     pub iret: [u64; 5],
+    /// Code segment selector: [`crate::layout::USER_CS`] or [`crate::layout::USER_CS_32`].
+    pub cs: u64,
     #[doc(hidden)]
-    pub pad: [u64; 4],
+    pub pad: [u64; 3],
     /// YMM0..YMM15.
     pub ymm: [[u64; 4]; 16],
     /// FXSAVE64 image: x87 and MXCSR; its XMM part is not used.
@@ -71,7 +73,8 @@ impl State {
         error: 0,
         cr2: 0,
         iret: [0; 5],
-        pad: [0; 4],
+        cs: 0,
+        pad: [0; 3],
         ymm: [[0; 4]; 16],
         fx: Fx([0; 512]),
     };

@@ -128,11 +128,10 @@ impl Running {
             exec.cpu.exit_info = u64::from(interpret);
             return self.leave(reason::INTERPRET, site.rip, 0);
         }
-        let checked = exec.check_operand(site.segment.into(), linear, size, site.access);
-        let result = if let Err(fault) = checked {
-            Err(fault)
-        } else if linear & u64::from(site.align).wrapping_sub(1) != 0 {
+        let result = if linear & u64::from(site.align).wrapping_sub(1) != 0 {
             Err(Fault::protection(0))
+        } else if let Err(fault) = exec.check_operand(site.segment.into(), linear, size, site.access) {
+            Err(fault)
         } else {
             exec.slow_access(
                 linear,

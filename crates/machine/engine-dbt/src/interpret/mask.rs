@@ -1,4 +1,5 @@
-//! Masked moves and gathers: lanes that are masked off are neither accessed nor faulted on (Intel SDM vol. 2).
+//! Masked moves and gathers: lanes that are masked off are neither accessed nor faulted on (Intel SDM vol. 2). And
+//! VZEROALL and VZEROUPPER outside of 64-bit code.
 
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
 
@@ -47,6 +48,18 @@ impl Exec<'_> {
         }
         if instr.mnemonic() == M::Maskmovq {
             self.enter_mmx();
+        }
+        Ok(Flow::Next)
+    }
+
+    /// VZEROALL and VZEROUPPER: the registers that the current code can name.
+    pub(super) fn zero_vectors(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
+        let count = if self.cpu.code_64() { 16 } else { 8 };
+        for [low, next, high, top] in self.cpu.ymm.0.iter_mut().take(count) {
+            (*high, *top) = (0, 0);
+            if instr.mnemonic() == M::Vzeroall {
+                (*low, *next) = (0, 0);
+            }
         }
         Ok(Flow::Next)
     }

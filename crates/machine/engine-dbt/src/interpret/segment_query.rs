@@ -81,9 +81,12 @@ impl Exec<'_> {
         let to = self.read_selector(instr, 0)?;
         let from = self.read_selector(instr, 1)?;
         let raise = to & 3 < from & 3;
-        let value = if raise { to & !3 | from & 3 } else { to };
-        if raise || instr.op0_kind() == iced_x86::OpKind::Memory {
-            self.write_selector(instr, 0, value.into())?;
+        let value = u64::from(to & !3 | from & 3);
+        if raise && instr.op0_kind() == iced_x86::OpKind::Register {
+            // 16 bits at every operand size.
+            self.set_reg(instr.op0_register().full_register().number(), value, 2);
+        } else if raise {
+            self.write_selector(instr, 0, value)?;
         }
         self.set_zero_flag(raise);
         Ok(Flow::Next)

@@ -98,9 +98,9 @@ impl Exec<'_> {
         };
         // Not around the end of the address size.
         elements = elements.min(if op.down {
-            offset / size + 1
+            (offset / size).saturating_add(1)
         } else {
-            (op.address_mask() - offset) / size + 1
+            ((op.address_mask() - offset) / size).saturating_add(1)
         });
         if !self.cpu.code_64() {
             let distance = (elements - 1) * size;

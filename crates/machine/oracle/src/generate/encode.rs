@@ -12,6 +12,7 @@ use crate::rng::Rng;
 pub struct Shape {
     /// The instruction.
     pub code: Code,
+    bits: u32,
     /// It has vector, MMX or x87 operands.
     pub vector: bool,
     vex: bool,
@@ -35,7 +36,7 @@ pub struct Shape {
 
 impl Shape {
     /// The shape of `code`, unless its encoding is none of legacy and VEX.
-    pub fn of(code: Code) -> Option<Shape> {
+    pub fn of(code: Code, bits: u32) -> Option<Shape> {
         let op = code.op_code();
         let vex = match op.encoding() {
             EncodingKind::Legacy => false,
@@ -126,6 +127,7 @@ impl Shape {
         };
         Some(Shape {
             code,
+            bits,
             vector: vex && !kinds.iter().any(|k| matches!(k, K::r32_vvvv | K::r64_vvvv))
                 || kinds.iter().any(|k| {
                     matches!(
@@ -154,7 +156,7 @@ impl Shape {
                 _ => 0,
             },
             operand_66: !vex && op.operand_size() == 16,
-            address_67: op.address_size() == 32,
+            address_67: op.address_size() == bits / 2,
             w,
             l: (!op.is_lig()).then_some(op.l() == 1),
             opcode: full[4 - op.op_code_len() as usize..].to_vec(),
@@ -199,6 +201,8 @@ impl Shape {
         }
         let w = self.w.unwrap_or_else(|| rng.chance(30));
         let (r, x, b) = (rng.chance(35), rng.chance(35), rng.chance(35));
+        let wide = self.bits == 64;
+        let (r, x) = (r && wide, x && wide);
         if self.vex {
             let l = self.l.unwrap_or_else(|| rng.chance(50));
             let vvvv = if self.vvvv || rng.chance(1) {
@@ -212,6 +216,7 @@ impl Shape {
                 0xf2 => 3,
                 _ => 0,
             };
+            let vvvv = if wide { vvvv } else { vvvv & 7 };
             let tail = (!vvvv & 15) << 3 | u8::from(l) << 2 | pp;
             if self.map == 1 && self.w != Some(true) && rng.chance(50) {
                 out.extend([0xc5, u8::from(!r) << 7 | tail]);
@@ -223,7 +228,7 @@ impl Shape {
                 ]);
             }
         } else {
-            if w || rng.chance(45) {
+            if self.bits == 64 && (w || rng.chance(45)) {
                 out.push(
                     0x40 | u8::from(w) << 3 | u8::from(r) << 2 | u8::from(x) << 1 | u8::from(b),
                 );
@@ -285,19 +290,32 @@ pub fn branch_width(instr: &Instruction) -> Option<usize> {
         .op_kinds()
         .iter()
         .any(|k| matches!(k, K::br64_4 | K::br32_4));
-    Some(if wide { 4 } else { 1 })
+    let word = instr.op_code().op_kinds().contains(&K::br16_2);
+    Some(if wide {
+        4
+    } else if word {
+        2
+    } else {
+        1
+    })
 }
 
 /// Makes displacements lead to data and immediates interesting.
-pub fn tame(rng: &mut Rng, bytes: &mut [u8], instr: &Instruction, offsets: &ConstantOffsets) {
+pub fn tame(
+    rng: &mut Rng,
+    bits: u32,
+    bytes: &mut [u8],
+    instr: &Instruction,
+    offsets: &ConstantOffsets,
+) {
     if offsets.has_displacement() {
         let (at, size) = (offsets.displacement_offset(), offsets.displacement_size());
         let value = if instr.is_ip_rel_memory_operand() {
-            Some(hot_address(rng).wrapping_sub(instr.next_ip()))
+            Some(hot_address(rng, bits).wrapping_sub(instr.next_ip()))
         } else if size == 8
             || (size == 4 && instr.memory_base().number() == 0 && instr.memory_base().size() == 0)
         {
-            Some(hot_address(rng))
+            Some(hot_address(rng, bits))
         } else if size == 4 && rng.chance(90) {
             Some(rng.below(256).wrapping_sub(128))
         } else {

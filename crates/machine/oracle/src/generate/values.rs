@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
 use super::Program;
-use crate::layout::{CODE, DATA, HIGH, PAGE, RW_PAGES, Template};
+use crate::layout::{CODE, DATA, HIGH, PAGE, RW_PAGES, Template, USER_CS, USER_CS_32};
 use crate::rng::Rng;
 use crate::state::State;
 
@@ -28,7 +28,7 @@ fn number(rng: &mut Rng) -> u64 {
             i64::MAX as u64,
         ]),
         6 => rng.bits() & 0xffff_ffff,
-        7 => hot_address(rng),
+        7 => hot_address(rng, 64),
         _ => rng.bits(),
     }
 }
@@ -129,7 +129,20 @@ pub fn fill_page(rng: &mut Rng, page: &mut [u8; 4096]) {
 }
 
 /// An address worth accessing.
-pub fn hot_address(rng: &mut Rng) -> u64 {
+pub fn hot_address(rng: &mut Rng, bits: u32) -> u64 {
+    let address = anywhere(rng);
+    if bits == 64 || address <= u64::from(u32::MAX) {
+        return address;
+    }
+    // The high page and the edges of canonical addresses mean nothing to 32-bit code; the top of its own space does.
+    if rng.chance(20) {
+        u64::from(u32::MAX) - rng.below(70)
+    } else {
+        DATA + (address & 0xfff)
+    }
+}
+
+fn anywhere(rng: &mut Rng) -> u64 {
     // Offsets: mostly aligned and not at the edge.
     let inside = |rng: &mut Rng| match rng.below(8) {
         0 => 1024 + rng.below(1024),
@@ -180,7 +193,7 @@ pub fn state(rng: &mut Rng, program: &mut Program, template: &Template) {
     init.gpr[4] = if rng.chance(85) {
         DATA + 4 * PAGE + 2048 + rng.below(32) * 8
     } else {
-        hot_address(rng)
+        hot_address(rng, program.bits)
     };
     init.fs = if rng.chance(50) {
         rng.below(64) * 8
@@ -195,9 +208,22 @@ pub fn state(rng: &mut Rng, program: &mut Program, template: &Template) {
     flags(rng, &mut init);
     vectors(rng, &mut init);
     x87(rng, &mut init);
+    init.cs = u64::from(if program.bits == 64 {
+        USER_CS
+    } else {
+        USER_CS_32
+    });
+    if program.bits == 32 {
+        for register in &mut init.gpr[..8] {
+            *register &= 0xffff_ffff;
+        }
+        for base in [&mut init.fs, &mut init.gs] {
+            *base &= 0xffff_ffff;
+        }
+    }
     let mut fixed = 1u16 << 4;
     for instr in &program.instructions {
-        operands(rng, instr, &mut init, &mut fixed, template);
+        operands(rng, program.bits, instr, &mut init, &mut fixed, template);
     }
     program.init = init;
 }
@@ -281,6 +307,7 @@ fn general(register: Register) -> Option<usize> {
 /// Chooses values of the registers that `instr` addresses with or depends on, where no earlier instruction did.
 fn operands(
     rng: &mut Rng,
+    bits: u32,
     instr: &Instruction,
     init: &mut State,
     fixed: &mut u16,
@@ -288,7 +315,11 @@ fn operands(
 ) {
     let mut set = |init: &mut State, register: usize, value: u64| {
         if *fixed & (1 << register) == 0 {
-            init.gpr[register] = value;
+            init.gpr[register] = if bits == 64 {
+                value
+            } else {
+                value & 0xffff_ffff
+            };
             *fixed |= 1 << register;
             true
         } else {
@@ -304,7 +335,7 @@ fn operands(
             Register::GS => init.gs,
             _ => 0,
         };
-        let aim = hot_address(rng);
+        let aim = hot_address(rng, bits);
         if let Some(index) = index
             && Some(index) != base
             && base.is_some()
@@ -395,22 +426,22 @@ fn operands(
             let value = if chance {
                 DATA + PAGE + 1024 + rng.below(32) * 8
             } else {
-                hot_address(rng)
+                hot_address(rng, bits)
             };
             set(init, 5, value);
         }
         M::Xlatb => {
-            let value = hot_address(rng);
+            let value = hot_address(rng, bits);
             set(init, 3, value);
         }
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => {
-            let value = hot_address(rng);
+            let value = hot_address(rng, bits);
             set(init, 7, value);
         }
         _ => {}
     }
     if instr.is_string_instruction() {
-        let (a, b) = (hot_address(rng), hot_address(rng));
+        let (a, b) = (hot_address(rng, bits), hot_address(rng, bits));
         set(init, 6, a);
         set(init, 7, b);
         let count = if rng.chance(95) {
