@@ -27,7 +27,7 @@ use crate::translate::Options;
 /// Events in one message.
 const BATCH: usize = 1024;
 /// Messages the leader may be ahead.
-const AHEAD: usize = 256;
+const AHEAD: usize = 16;
 
 /// What both sides must agree on.
 #[derive(Clone, Debug, Eq, PartialEq)]
