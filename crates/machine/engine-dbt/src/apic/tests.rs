@@ -219,7 +219,11 @@ fn the_tsc_deadline_is_never_early_and_follows_the_offset() {
     );
     // In the past: at once.
     apic.set_tsc_deadline(1, 5000);
-    assert_eq!((apic.acknowledge(), apic.next_deadline_ns()), (None, None), "0x22 is in service");
+    assert_eq!(
+        (apic.acknowledge(), apic.next_deadline_ns()),
+        (None, None),
+        "0x22 is in service"
+    );
     write(apic, 0xb0, 0, 5000);
     assert_eq!((apic.acknowledge(), apic.tsc_deadline()), (Some(0x22), 0));
     // Another mode disarms.

@@ -5,7 +5,8 @@ use iced_x86::{Instruction, Mnemonic};
 
 use super::far::NewStack;
 use super::operand::{CS, SS, Stack};
-use super::segment::{Descriptor, not_present, selector_error};
+use super::segment::{Descriptor, not_present, selector_error, system};
+use super::task::Switch;
 use super::{Flow, Next};
 use crate::cpu::{control, flags};
 use crate::env::{Exec, Fault};
@@ -223,14 +224,13 @@ impl Exec<'_> {
             high: (both >> 64) as u64,
             address,
         };
-        // Interrupt and trap gates: 14 and 15, with 16-bit frames 6 and 7.
+        // Interrupt and trap gates: 14 and 15, with 16-bit frames 6 and 7. Task gates: 5.
         let is_gate = match gate.kind() {
             14 | 15 => true,
-            6 | 7 => !self.cpu.long_mode(),
+            5..=7 => !self.cpu.long_mode(),
             _ => false,
         };
         if !gate.is_system() || !is_gate {
-            // A task gate too: no hardware tasks here.
             return Err(Fault::protection(error));
         }
         if event.checks_privilege() && gate.dpl() < self.cpu.cpl() {
@@ -331,10 +331,36 @@ impl Exec<'_> {
         }
     }
 
+    /// Through a task gate: the handler is a task of its own.
+    fn deliver_to_task(&mut self, gate: &Descriptor, event: Event) -> Result<(), Fault> {
+        let image = self.saved_flags(&event);
+        self.switch_task(
+            gate.gate_target().0,
+            Switch::Nest,
+            event.rip,
+            image,
+            event.ext(),
+        )?;
+        if let Some(error) = event.error {
+            let size = if self.cpu.tr.attributes & 8 != 0 {
+                4
+            } else {
+                2
+            };
+            let mut stack = self.stack();
+            self.push(&mut stack, error.into(), size)?;
+            self.set_stack(stack);
+        }
+        Ok(())
+    }
+
     /// Protected mode without long mode, from protected or virtual-8086 code.
     fn deliver_protected(&mut self, event: Event) -> Result<(), Fault> {
         let ext = event.ext();
         let gate = self.gate(&event)?;
+        if gate.kind() == system::TASK_GATE {
+            return self.deliver_to_task(&gate, event);
+        }
         let size = if gate.kind() & 8 != 0 { 4 } else { 2 };
         let (selector, rip) = gate.gate_target();
         let rip = rip & super::operand::size_mask(size);

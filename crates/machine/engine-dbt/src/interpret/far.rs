@@ -54,6 +54,10 @@ impl Exec<'_> {
         if descriptor.is_code() {
             return self.far_to_code(descriptor, selector, offset, size, call.then_some(next_rip));
         }
+        if self.names_task(&descriptor) {
+            self.branch_to_task(&descriptor, selector, call, next_rip)?;
+            return Ok(Flow::Jumped);
+        }
         let gate = descriptor.is_system()
             && matches!(descriptor.kind(), system::CALL_GATE | system::CALL_GATE_16);
         if !gate || (descriptor.kind() == system::CALL_GATE_16 && self.cpu.long_mode()) {

@@ -12,18 +12,25 @@ use crate::env::{Exec, Fault};
 const ALWAYS: u64 = flags::TF | flags::DF | flags::NT | flags::RF | flags::AC | flags::ID;
 
 impl Exec<'_> {
-    pub(super) fn interrupt_return(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
+    pub(super) fn interrupt_return(
+        &mut self,
+        instr: &Instruction,
+        next_rip: u64,
+    ) -> Result<Flow, Fault> {
         let size = match instr.mnemonic() {
             Mnemonic::Iretq => 8,
             Mnemonic::Iretd => 4,
             _ => 2,
         };
         let flow = if self.is_protected() {
-            if self.cpu.system_flags & flags::NT != 0 {
-                // A task return: no hardware tasks here, and an error in long mode anyway.
+            if self.cpu.system_flags & flags::NT == 0 {
+                self.interrupt_return_protected(size)?
+            } else if self.cpu.long_mode() {
                 return Err(Fault::protection(0));
+            } else {
+                self.return_to_task(next_rip)?;
+                Flow::Jumped
             }
-            self.interrupt_return_protected(size)?
         } else {
             self.interrupt_return_real(size)?
         };

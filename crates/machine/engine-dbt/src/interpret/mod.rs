@@ -4,7 +4,7 @@
 //! An instruction either completes, with RIP moved on, or returns its fault with nothing architectural changed; the
 //! repeated string instructions and gathers keep what they did before a fault, as on the real processor.
 //!
-//! Limitations: hardware task switches (task gates, far jumps to a TSS, IRET with NT) raise #GP; the pointers to the last
+//! Limitations: the T bit of a task raises no debug exception; the pointers to the last
 //! x87 instruction and operand read as zero; the word that KVM's PV EOI names is never set, so that a guest ends every
 //! interrupt by its APIC.
 
@@ -26,6 +26,7 @@ mod string;
 mod string_bulk;
 mod syscall;
 mod table_register;
+mod task;
 #[cfg(test)]
 mod tests;
 mod x87;
@@ -141,7 +142,7 @@ impl Exec<'_> {
             M::Swapgs => self.swapgs(),
             M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase => self.segment_base(instr),
 
-            M::Iret | M::Iretd | M::Iretq => self.interrupt_return(instr),
+            M::Iret | M::Iretd | M::Iretq => self.interrupt_return(instr, next_rip),
             M::Int | M::Int1 | M::Int3 | M::Into => self.software_interrupt(instr, next_rip),
             M::Call | M::Jmp => self.far_branch(instr, next_rip),
             M::Retf => self.far_return(instr),

@@ -14,6 +14,7 @@ pub mod system {
     pub const TSS_16: u16 = 1;
     pub const LDT: u16 = 2;
     pub const CALL_GATE_16: u16 = 4;
+    pub const TASK_GATE: u16 = 5;
     pub const TSS: u16 = 9;
     pub const CALL_GATE: u16 = 12;
     pub const BUSY: u16 = 2;

@@ -280,7 +280,8 @@ fn older_page_tables() {
 #[test]
 fn from_a_startup_vector_to_long_mode() {
     const PAGE: u64 = 0x9000;
-    let write = |m: &mut TestMachine, at: u64, bytes: &[u8]| m.memory.write(Gpa(at), bytes).unwrap();
+    let write =
+        |m: &mut TestMachine, at: u64, bytes: &[u8]| m.memory.write(Gpa(at), bytes).unwrap();
     for reference in [false, true] {
         let mut m = TestMachine::new(reference);
         let mut real = CodeAssembler::new(16).unwrap();
@@ -291,13 +292,24 @@ fn from_a_startup_vector_to_long_mode() {
         real.mov(eax, cr0).unwrap();
         real.or(eax, 1).unwrap();
         real.mov(cr0, eax).unwrap();
-        real.db(&[0x66, 0xea, 0x00, 0x92, 0x00, 0x00, 0x08, 0x00]).unwrap(); // jmp dword 8:0x9200
+        real.db(&[0x66, 0xea, 0x00, 0x92, 0x00, 0x00, 0x08, 0x00])
+            .unwrap(); // jmp dword 8:0x9200
         write(&mut m, PAGE, &real.assemble(0).unwrap());
         let mut gdt = vec![0x1f, 0];
         gdt.extend((PAGE as u32 + 0x810).to_le_bytes());
         write(&mut m, PAGE + 0x800, &gdt);
-        for (i, descriptor) in [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00af_9b00_0000_ffff].iter().enumerate() {
-            m.memory.write_u64(Gpa(PAGE + 0x810 + i as u64 * 8), *descriptor).unwrap();
+        for (i, descriptor) in [
+            0,
+            0x00cf_9b00_0000_ffff,
+            0x00cf_9300_0000_ffff,
+            0x00af_9b00_0000_ffff,
+        ]
+        .iter()
+        .enumerate()
+        {
+            m.memory
+                .write_u64(Gpa(PAGE + 0x810 + i as u64 * 8), *descriptor)
+                .unwrap();
         }
         let mut protected = CodeAssembler::new(32).unwrap();
         protected.mov(ax, 0x10u32).unwrap();
@@ -319,7 +331,11 @@ fn from_a_startup_vector_to_long_mode() {
         protected.push(0x18).unwrap();
         protected.push(CODE as i32).unwrap();
         protected.retf().unwrap();
-        write(&mut m, PAGE + 0x200, &protected.assemble(PAGE + 0x200).unwrap());
+        write(
+            &mut m,
+            PAGE + 0x200,
+            &protected.assemble(PAGE + 0x200).unwrap(),
+        );
         let cpu = m.vcpu.cpu_mut();
         cpu.reset();
         cpu.start_at((PAGE >> 12) as u8);
@@ -458,5 +474,92 @@ fn user_code_may_ask_for_alignment_checks() {
             },
             CODE + 15
         )
+    );
+}
+
+/// The smallest system of two tasks: 0x18 is the first one's TSS, 0x20 the second one's, 0x28 a task gate to it.
+fn two_tasks(m: &mut TestMachine, second: u32) {
+    protected_mode(m.vcpu.cpu_mut());
+    let tss = |base: u64| 0x0000_8900_0000_0067 | (base & 0xffff) << 16 | (base >> 16 & 0xff) << 32;
+    let gdt = [
+        0,
+        0x00cf_9b00_0000_ffff,
+        0x00cf_9300_0000_ffff,
+        tss(0xa000) | 2 << 40,
+        tss(0xb000),
+        0x0000_8500_0020_0000,
+    ];
+    for (i, descriptor) in gdt.into_iter().enumerate() {
+        m.memory
+            .write_u64(Gpa(0x9000 + i as u64 * 8), descriptor)
+            .unwrap();
+    }
+    // A task gate for #UD.
+    m.memory
+        .write_u64(Gpa(0x9100 + 6 * 8), 0x0000_8500_0020_0000)
+        .unwrap();
+    for (at, value) in [(32, second), (36, 2), (40, 0x77), (56, 0x7_0000)] {
+        m.memory.write_u32(Gpa(0xb000 + at), value).unwrap();
+    }
+    for (i, selector) in [0x10, 8, 0x10, 0x10, 0x10, 0x10].into_iter().enumerate() {
+        m.memory
+            .write_u32(Gpa(0xb000 + 72 + i as u64 * 4), selector)
+            .unwrap();
+    }
+    let cpu = m.vcpu.cpu_mut();
+    (cpu.gdtr.base, cpu.gdtr.limit) = (0x9000, 0x2f);
+    (cpu.idtr.base, cpu.idtr.limit) = (0x9100, 0xff);
+    cpu.tr = Segment {
+        selector: 0x18,
+        base: 0xa000,
+        limit: 0x67,
+        attributes: 0x8b,
+    };
+}
+
+#[test]
+fn tasks_call_each_other_and_return() {
+    let first = code(32, |a| {
+        a.mov(ebx, 5)?;
+        a.db(&[0x9a, 0, 0, 0, 0, 0x28, 0])?; // call far through the gate
+        a.add(ebx, eax) // the first task's own registers again
+    });
+    let second = code(32, |a| {
+        a.add(eax, 1)?;
+        a.mov(dword_ptr(0x4_0000), eax)?;
+        a.iretd()
+    });
+    run(
+        &first,
+        |m| {
+            two_tasks(m, 0x2_0000);
+            m.memory.write(Gpa(0x2_0000), &second).unwrap();
+        },
+        |m| {
+            assert_eq!(m.memory.read_u32(Gpa(0x4_0000)).unwrap(), 0x78);
+            assert_eq!((m.gpr(0), m.gpr(3)), (0, 5));
+            assert_eq!(m.vcpu.cpu().tr.selector, 0x18);
+            assert_eq!(m.vcpu.cpu().system_flags & flags::NT, 0);
+            assert_eq!(m.memory.read_u16(Gpa(0xb000)).unwrap(), 0x18, "the link");
+            let kind = |at| m.memory.read_u64(Gpa(at)).unwrap() >> 40 & 15;
+            assert_eq!((kind(0x9018), kind(0x9020)), (11, 9), "which task is busy");
+        },
+    );
+}
+
+#[test]
+fn a_task_handles_an_exception() {
+    // The handler moves the first task's instruction pointer over the UD2.
+    let handler = code(32, |a| {
+        a.add(dword_ptr(0xa000 + 32), 2)?;
+        a.iretd()
+    });
+    run(
+        &[0x0f, 0x0b, 0x43], // ud2; inc ebx
+        |m| {
+            two_tasks(m, 0x2_0000);
+            m.memory.write(Gpa(0x2_0000), &handler).unwrap();
+        },
+        |m| assert_eq!((m.gpr(3), m.vcpu.cpu().tr.selector), (1, 0x18)),
     );
 }
