@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -253,7 +254,8 @@ impl Place {
             .env("XDG_RUNTIME_DIR", format!("{SEEN_AT}/run"));
         command
             .env_remove("RUST_BACKTRACE")
-            .env_remove("XDG_CACHE_HOME");
+            .env_remove("XDG_CACHE_HOME")
+            .process_group(0);
         command
     }
 }

@@ -96,10 +96,7 @@ impl Strata {
         let (stdout, stderr) = (collect(child.stdout.take()), collect(child.stderr.take()));
         let status = wait(&mut child, self.timeout);
         if status.is_none() {
-            child
-                .kill()
-                .and_then(|()| child.wait().map(drop))
-                .map_err(|error| format!("cannot stop {line}: {error}"))?;
+            stop(&mut child);
         }
         let _ = writer.join();
         let (stdout, stderr) = (
@@ -166,6 +163,18 @@ fn collect<R: Read + Send + 'static>(stream: Option<R>) -> JoinHandle<Vec<u8>> {
 
 fn finish(stream: JoinHandle<Vec<u8>>) -> Vec<u8> {
     stream.join().unwrap_or_default()
+}
+
+/// Stops a program and those it started, unless they have ended; each was started as the leader of a group.
+pub(crate) fn stop(child: &mut Child) {
+    let group = format!("-{}", child.id());
+    // Until it is waited for, no other process can have its number.
+    if matches!(child.try_wait(), Ok(None)) {
+        let _ = Command::new("kill")
+            .args(["-s", "KILL", "--", &group])
+            .status();
+        let _ = child.wait();
+    }
 }
 
 /// Waits for the end; `None` when it did not come in time.

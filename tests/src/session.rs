@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::Strata;
-use crate::run::wait;
+use crate::run::{stop, wait};
 
 /// A running `strata` whose standard input and output the test has in its hands. It is stopped when dropped.
 #[derive(Debug)]
@@ -134,8 +134,6 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // It may have ended; either way nothing is left behind.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        stop(&mut self.child);
     }
 }
