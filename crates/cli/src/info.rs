@@ -157,6 +157,6 @@ fn host() -> Host {
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         memory_bytes: kib.map(|kib| kib << 10),
         kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
-        kvm: engines::probe_kvm(),
+        kvm: engines::probe_kvm(engines::KvmDepth::Figures),
     }
 }

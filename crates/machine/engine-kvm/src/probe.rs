@@ -8,8 +8,9 @@
 
 mod guest;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -20,8 +21,10 @@ use crate::cpuid;
 use crate::engine::open;
 use guest::Guest;
 
-/// Interval of kicks: how long a loop is measured at least.
-const STEP: Duration = Duration::from_millis(2);
+/// Interval of kicks, which end the measured loops.
+const KICKS: Duration = Duration::from_millis(1);
+/// How long each is measured at least, of its thread's time.
+const MEASURED: Duration = Duration::from_millis(2);
 /// After this the probe is given up. It takes some 10 ms where KVM is worth using; a loaded host gets more time.
 const LIMIT: Duration = Duration::from_millis(100);
 /// The slowest CPU made is well above, the fastest emulation below, instructions per second.
@@ -82,64 +85,85 @@ impl std::fmt::Display for Figures {
     }
 }
 
+/// What the caller and the probing thread share.
+#[derive(Default)]
+struct Shared {
+    progress: Mutex<Progress>,
+    /// The caller has gone on: nobody kicks any more.
+    abandoned: AtomicBool,
+}
+
+#[derive(Default)]
+struct Progress {
+    figures: Figures,
+    /// Set before the guest first runs.
+    kicker: Option<Arc<dyn Kicker>>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn kick(&self) {
+        if let Some(kicker) = &self.lock().kicker {
+            kicker.kick();
+        }
+    }
+}
+
+/// How much to measure.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Depth {
+    /// Until the verdict is clear.
+    Verdict,
+    /// Everything, for whoever wants the figures.
+    Figures,
+}
+
 /// Judges this host's KVM. Never fails and never takes long.
-pub fn probe() -> Verdict {
-    let shared = Arc::new(Mutex::new(Figures::default()));
+pub fn probe(depth: Depth) -> Verdict {
+    let shared = Arc::new(Shared::default());
     let (sender, receiver) = channel();
-    let (figures, kickers) = (Arc::clone(&shared), sender.clone());
+    let theirs = Arc::clone(&shared);
     let spawned = std::thread::Builder::new()
         .name("kvm-probe".into())
         .spawn(move || {
-            let result = measure(&figures, |kicker| {
-                // The caller waits for this thread or has given up.
-                let _ = kickers.send(Message::Kicker(kicker));
-            });
-            let _ = sender.send(Message::Done(result.map(Box::new)));
+            // The caller waits for this or has given up.
+            let _ = sender.send(measure(&theirs, depth));
         });
     let unusable = |reason: String| Verdict {
         usable: false,
         reason,
-        figures: *lock(&shared),
+        figures: shared.lock().figures,
     };
     if let Err(error) = spawned {
         return unusable(format!("/dev/kvm cannot be probed: {error}"));
     }
     let start = Instant::now();
-    let mut kicker: Option<Arc<dyn Kicker>> = None;
     while start.elapsed() < LIMIT {
-        match receiver.recv_timeout(STEP) {
-            Ok(Message::Kicker(its)) => kicker = Some(its),
-            Ok(Message::Done(Ok(guest))) => {
-                let verdict = judge(*lock(&shared));
+        match receiver.recv_timeout(KICKS) {
+            Ok(Ok(guest)) => {
                 drop_elsewhere(guest);
-                return verdict;
+                return judge(shared.lock().figures, true);
             }
-            Ok(Message::Done(Err(error))) => return unusable(explain(&error)),
-            Err(RecvTimeoutError::Timeout) => {
-                if let Some(kicker) = &kicker {
-                    kicker.kick();
-                }
-            }
+            Ok(Err(Stopped::Fault)) => return judge(shared.lock().figures, false),
+            Ok(Err(Stopped::Error(error))) => return unusable(explain(&error)),
+            Err(RecvTimeoutError::Timeout) => shared.kick(),
             Err(RecvTimeoutError::Disconnected) => break,
         }
     }
+    // One last kick, after which the thread sees that it is alone.
+    shared.abandoned.store(true, Ordering::SeqCst);
+    shared.kick();
     unusable(format!(
         "/dev/kvm did not finish the probe within {} ms",
         LIMIT.as_millis()
     ))
 }
 
-enum Message {
-    Kicker(Arc<dyn Kicker>),
-    Done(Result<Box<Guest>, EngineError>),
-}
-
-fn lock(figures: &Mutex<Figures>) -> std::sync::MutexGuard<'_, Figures> {
-    figures.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Taking a VM apart is the slowest part of its life; nobody needs to wait for it.
-fn drop_elsewhere(guest: Box<Guest>) {
+fn drop_elsewhere(guest: Guest) {
     // Without a thread it happens here.
     let _ = std::thread::Builder::new().spawn(move || drop(guest));
 }
@@ -155,65 +179,56 @@ fn explain(error: &EngineError) -> String {
     }
 }
 
-fn measure(
-    figures: &Mutex<Figures>,
-    ready: impl FnOnce(Arc<dyn Kicker>),
-) -> Result<Guest, EngineError> {
+/// Why measuring ended early.
+enum Stopped {
+    /// It cannot be done.
+    Error(EngineError),
+    /// The verdict is clear.
+    Fault,
+}
+
+impl From<EngineError> for Stopped {
+    fn from(error: EngineError) -> Self {
+        Self::Error(error)
+    }
+}
+
+fn measure(shared: &Shared, depth: Depth) -> Result<Guest, Stopped> {
     let kvm = open()?;
     let mut guest = Guest::new(&kvm)?;
-    ready(guest.kicker());
+    shared.lock().kicker = Some(guest.kicker());
     let running = guest.enter()?;
-    let works = guest.cmpxchg16b()?;
-    lock(figures).cmpxchg16b = Some(works);
-    let works = guest.xrstor()?;
-    lock(figures).xrstor = Some(works);
-    let cost = guest.exit_ns(STEP)?;
-    lock(figures).exit_ns = cost;
-    let rate = guest.loop_per_s(0, STEP)?;
-    lock(figures).ring0_per_s = rate;
-    let rate = guest.loop_per_s(3, STEP)?;
-    lock(figures).ring3_per_s = rate;
+    let given_up = || shared.abandoned.load(Ordering::SeqCst);
+    let note = |set: &dyn Fn(&mut Figures)| {
+        let figures = &mut shared.lock().figures;
+        set(figures);
+        match depth == Depth::Verdict && !faults(*figures, false).is_empty() {
+            true => Err(Stopped::Fault),
+            false => Ok(()),
+        }
+    };
+    let works = guest.cmpxchg16b(given_up)?;
+    note(&|figures| figures.cmpxchg16b = Some(works))?;
+    let works = guest.xrstor(given_up)?;
+    note(&|figures| figures.xrstor = Some(works))?;
+    let rate = guest.loop_per_s(0, MEASURED, given_up)?;
+    note(&|figures| figures.ring0_per_s = rate)?;
+    let rate = guest.loop_per_s(3, MEASURED, given_up)?;
+    note(&|figures| figures.ring3_per_s = rate)?;
+    let cost = guest.exit_ns(MEASURED, given_up)?;
+    note(&|figures| figures.exit_ns = cost)?;
     drop(running);
-    if judge(*lock(figures)).usable
-        && let Ok(baseline) = CpuModel::named("baseline")
+    if let Ok(baseline) = CpuModel::named("baseline")
+        && faults(shared.lock().figures, true).is_empty()
     {
         cpuid::check(&kvm, &baseline)?;
     }
     Ok(guest)
 }
 
-/// Compares the figures with what hardware reaches.
-fn judge(figures: Figures) -> Verdict {
-    let slow = |rate: Option<u64>| rate.is_none_or(|rate| rate < SLOWEST);
-    let mut faults = Vec::new();
-    for (ring, rate) in [(0, figures.ring0_per_s), (3, figures.ring3_per_s)] {
-        match rate {
-            Some(rate) if slow(Some(rate)) => {
-                let millions = rate / 1_000_000;
-                faults.push(format!(
-                    "runs ring {ring} at {millions} million instructions/s"
-                ));
-            }
-            None => faults.push(format!("does not run a loop in ring {ring}")),
-            Some(_) => {}
-        }
-    }
-    match figures.exit_ns {
-        Some(ns) if ns > LONGEST_EXIT_NS => faults.push(format!("takes {} µs per exit", ns / 1000)),
-        None => faults.push("does not run port accesses".to_owned()),
-        Some(_) => {}
-    }
-    let broken: Vec<_> = [
-        ("cmpxchg16b", figures.cmpxchg16b),
-        ("xrstor", figures.xrstor),
-    ]
-    .into_iter()
-    .filter(|(_, works)| *works != Some(true))
-    .map(|(name, _)| name)
-    .collect();
-    if !broken.is_empty() {
-        faults.push(format!("fails at {}", broken.join(" and ")));
-    }
+/// Compares the figures with what hardware reaches. `complete`: what is missing could not be measured.
+fn judge(figures: Figures, complete: bool) -> Verdict {
+    let faults = faults(figures, complete);
     let usable = faults.is_empty();
     let reason = match usable {
         true => "/dev/kvm runs guests at the speed of hardware".to_owned(),
@@ -224,6 +239,41 @@ fn judge(figures: Figures) -> Verdict {
         reason,
         figures,
     }
+}
+
+/// What is wrong with it, as verbs.
+fn faults(figures: Figures, complete: bool) -> Vec<String> {
+    let mut faults = Vec::new();
+    for (ring, rate) in [(0, figures.ring0_per_s), (3, figures.ring3_per_s)] {
+        match rate {
+            Some(rate) if rate < SLOWEST => {
+                let millions = rate / 1_000_000;
+                faults.push(format!(
+                    "runs ring {ring} at {millions} million instructions/s"
+                ));
+            }
+            None if complete => faults.push(format!("does not run a loop in ring {ring}")),
+            _ => {}
+        }
+    }
+    match figures.exit_ns {
+        Some(ns) if ns > LONGEST_EXIT_NS => faults.push(format!("takes {} µs per exit", ns / 1000)),
+        None if complete => faults.push("does not run port accesses".to_owned()),
+        _ => {}
+    }
+    let instructions = [
+        ("cmpxchg16b", figures.cmpxchg16b),
+        ("xrstor", figures.xrstor),
+    ];
+    let broken = instructions.iter().filter(|(_, works)| match works {
+        Some(works) => !works,
+        None => complete,
+    });
+    let broken: Vec<_> = broken.map(|(name, _)| *name).collect();
+    if !broken.is_empty() {
+        faults.push(format!("fails at {}", broken.join(" and ")));
+    }
+    faults
 }
 
 #[cfg(test)]
@@ -240,26 +290,24 @@ mod tests {
 
     #[test]
     fn hardware_is_usable_and_emulation_is_not() {
-        assert!(judge(GOOD).usable);
+        assert!(judge(GOOD, true).usable);
         let emulated = Figures {
             ring0_per_s: Some(3_000_000),
             cmpxchg16b: Some(false),
             ..GOOD
         };
-        let verdict = judge(emulated);
+        let verdict = judge(emulated, true);
         assert!(!verdict.usable);
         assert_eq!(
             verdict.reason,
             "/dev/kvm runs ring 0 at 3 million instructions/s, fails at cmpxchg16b"
         );
-        assert!(
-            !judge(Figures {
-                exit_ns: Some(280_000),
-                ..GOOD
-            })
-            .usable
-        );
-        assert!(!judge(Figures::default()).usable);
+        let slow_exits = Figures {
+            exit_ns: Some(280_000),
+            ..GOOD
+        };
+        assert!(!judge(slow_exits, true).usable);
+        assert!(!judge(Figures::default(), true).usable);
         assert_eq!(
             GOOD.to_string(),
             "ring 0 3000 million instructions/s, ring 3 3000 million instructions/s, 1.5 µs per exit, \
@@ -269,20 +317,14 @@ mod tests {
 
     #[test]
     fn the_probe_comes_back_in_time_and_says_why() {
-        let start = Instant::now();
-        let verdict = probe();
-        // Far above the limit: other tests have the CPUs at the same time.
-        assert!(
-            start.elapsed() < Duration::from_secs(5),
-            "{:?}",
-            start.elapsed()
-        );
-        assert!(!verdict.reason.is_empty());
-        eprintln!(
-            "{:?}: {} ({})",
-            start.elapsed(),
-            verdict.reason,
-            verdict.figures
-        );
+        for depth in [Depth::Verdict, Depth::Figures] {
+            let start = Instant::now();
+            let verdict = probe(depth);
+            let took = start.elapsed();
+            // Far above the limit: other tests have the CPUs at the same time.
+            assert!(took < Duration::from_secs(5), "{took:?}");
+            assert!(!verdict.reason.is_empty());
+            eprintln!("{took:?}: {} ({})", verdict.reason, verdict.figures);
+        }
     }
 }

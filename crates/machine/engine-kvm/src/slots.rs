@@ -56,10 +56,10 @@ impl Slots {
         &self.memory
     }
 
-    /// Brings the VM's slots to the table as it is now; cheap when nothing changed. True if something did.
-    pub fn sync(&self, vm: &VmFd) -> Result<bool, EngineError> {
+    /// Brings the VM's slots to the table as it is now; cheap when nothing changed.
+    pub fn sync(&self, vm: &VmFd) -> Result<(), EngineError> {
         if self.applied.load(Ordering::Acquire) == self.wanted() {
-            return Ok(false);
+            return Ok(());
         }
         let mut placed = self.lock();
         let (table, logging) = (self.memory.slots(), self.memory.dirty_log_on());
@@ -100,7 +100,7 @@ impl Slots {
             table.generation() << 1 | u64::from(logging),
             Ordering::Release,
         );
-        Ok(true)
+        Ok(())
     }
 
     /// Moves the kernel's dirty bits into the memory's log.

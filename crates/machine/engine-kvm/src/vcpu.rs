@@ -7,7 +7,7 @@ use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_device_attr
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use strata_engine::x86::{CpuState, CpuidContext, MsrIndex, X86};
 use strata_engine::{EngineError, Exit, ExitCause, IoBus, Kicker, Vcpu, VcpuId, VcpuStats};
-use strata_memory::{Gpa, SlotKind};
+use strata_memory::Gpa;
 
 use crate::cpuid;
 use crate::engine::{Machine, failed};
@@ -292,9 +292,13 @@ impl KvmVcpu {
     fn mmio_read(&mut self, bus: &dyn IoBus, gpa: u64, len: usize) -> Result<(), EngineError> {
         let mut buffer = [0xff; 8];
         let data = buffer.get_mut(..len).unwrap_or_default();
-        // Memory that came after the vCPU last looked.
-        if !(self.is_memory(gpa)? && self.machine.slots.memory().read(Gpa(gpa), data).is_ok()) {
-            bus.mmio_read(gpa, data);
+        if self.is_memory(gpa)? {
+            // It may be gone again: then nothing answers.
+            let _ = self.machine.slots.memory().read(Gpa(gpa), data);
+        } else {
+            for (gpa, piece) in (gpa..).step_by(piece(len)).zip(data.chunks_mut(piece(len))) {
+                bus.mmio_read(gpa, piece);
+            }
         }
         // SAFETY: the exit was KVM_EXIT_MMIO, for which the kernel uses this member.
         let mmio = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio };
@@ -306,20 +310,22 @@ impl KvmVcpu {
 
     fn mmio_write(&mut self, bus: &dyn IoBus, gpa: u64, data: &[u8]) -> Result<(), EngineError> {
         if self.is_memory(gpa)? {
-            // Writes to ROM come here and have no effect.
+            // Writes to ROM have no effect.
             let _ = self.machine.slots.memory().write(Gpa(gpa), data);
         } else {
-            bus.mmio_write(gpa, data);
+            let len = piece(data.len());
+            for (gpa, piece) in (gpa..).step_by(len).zip(data.chunks(len)) {
+                bus.mmio_write(gpa, piece);
+            }
         }
         Ok(())
     }
 
+    /// Whether memory is there, of which the kernel did not know yet or which is ROM.
     fn is_memory(&self, gpa: u64) -> Result<bool, EngineError> {
-        let changed = self.machine.slots.sync(&self.machine.vm)?;
+        self.machine.slots.sync(&self.machine.vm)?;
         let table = self.machine.slots.memory().slots();
-        Ok(table
-            .find(Gpa(gpa))
-            .is_some_and(|slot| changed || slot.kind() == SlotKind::Rom))
+        Ok(table.find(Gpa(gpa)).is_some())
     }
 
     /// Passes an 8259's interrupt to the vCPU as soon as it takes interrupts.
@@ -399,6 +405,12 @@ impl KvmVcpu {
             false => format!("at {linear:#x}"),
         }
     }
+}
+
+/// In how many bytes at a time to carry out an access of `len` bytes: the bus knows powers of two. Others come from
+/// operands that cross pages.
+fn piece(len: usize) -> usize {
+    if len.is_power_of_two() { len } else { 1 }
 }
 
 fn wish(exit: VcpuExit<'_>) -> Wish {

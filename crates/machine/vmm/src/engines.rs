@@ -11,7 +11,7 @@ use strata_memory::GuestMemory;
 
 use crate::config::EngineChoice;
 
-pub use strata_engine_kvm::probe::{Verdict as KvmVerdict, probe as probe_kvm};
+pub use strata_engine_kvm::probe::{Depth as KvmDepth, Verdict as KvmVerdict, probe as probe_kvm};
 
 /// An engine of whatever kind.
 pub type AnyEngine = dyn Engine<Arch = X86>;
@@ -56,7 +56,7 @@ pub struct ChosenEngine {
 /// If no engine can run here.
 pub fn choose(choice: EngineChoice) -> Result<ChosenEngine, EngineError> {
     match choice {
-        EngineChoice::Auto => choose_by(&probe_kvm()),
+        EngineChoice::Auto => choose_by(&probe_kvm(KvmDepth::Verdict)),
         EngineChoice::Translate => translate("it was asked for"),
         EngineChoice::Kvm => Ok(ChosenEngine {
             name: "kvm",

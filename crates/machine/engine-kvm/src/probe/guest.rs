@@ -98,25 +98,29 @@ impl Guest {
         self.shared.enter()
     }
 
-    pub fn cmpxchg16b(&mut self) -> Result<bool, EngineError> {
+    pub fn cmpxchg16b(&mut self, given_up: impl Fn() -> bool) -> Result<bool, EngineError> {
         self.load(CMPXCHG16B, 0, CR4)?;
-        self.reaches_port()
+        self.reaches_port(given_up)
     }
 
-    pub fn xrstor(&mut self) -> Result<bool, EngineError> {
+    pub fn xrstor(&mut self, given_up: impl Fn() -> bool) -> Result<bool, EngineError> {
         // A CPU without XSAVE refuses the control bit.
         if self.load(XRSTOR, 0, CR4 | CR4_OSXSAVE).is_err() {
             return Ok(false);
         }
-        self.reaches_port()
+        self.reaches_port(given_up)
     }
 
     /// Time of an exit, over at least `duration` of this thread's time. Nothing if the guest fails.
-    pub fn exit_ns(&mut self, duration: Duration) -> Result<Option<u64>, EngineError> {
+    pub fn exit_ns(
+        &mut self,
+        duration: Duration,
+        given_up: impl Fn() -> bool,
+    ) -> Result<Option<u64>, EngineError> {
         self.load(EXITS, 0, CR4)?;
         let (start, mut exits) = (thread_time(), 0_u64);
         loop {
-            match self.step()? {
+            match self.step(&given_up)? {
                 Step::Port => exits += 1,
                 Step::Kicked => {}
                 Step::Broken => return Ok(None),
@@ -132,11 +136,16 @@ impl Guest {
     }
 
     /// Instructions per second of a loop in this ring. Nothing if the guest fails.
-    pub fn loop_per_s(&mut self, ring: u8, duration: Duration) -> Result<Option<u64>, EngineError> {
+    pub fn loop_per_s(
+        &mut self,
+        ring: u8,
+        duration: Duration,
+        given_up: impl Fn() -> bool,
+    ) -> Result<Option<u64>, EngineError> {
         self.load(LOOP, ring, CR4)?;
         let start = thread_time();
         loop {
-            match self.step()? {
+            match self.step(&given_up)? {
                 Step::Kicked => {}
                 Step::Port | Step::Broken => return Ok(None),
             }
@@ -151,9 +160,9 @@ impl Guest {
     }
 
     /// True if the guest comes to its port access.
-    fn reaches_port(&mut self) -> Result<bool, EngineError> {
+    fn reaches_port(&mut self, given_up: impl Fn() -> bool) -> Result<bool, EngineError> {
         for _ in 0..PATIENCE {
-            match self.step()? {
+            match self.step(&given_up)? {
                 Step::Port => return Ok(true),
                 Step::Broken => return Ok(false),
                 Step::Kicked => {}
@@ -162,7 +171,10 @@ impl Guest {
         Ok(false)
     }
 
-    fn step(&mut self) -> Result<Step, EngineError> {
+    fn step(&mut self, given_up: &impl Fn() -> bool) -> Result<Step, EngineError> {
+        if given_up() {
+            return Err(EngineError::Internal("the probe was given up".into()));
+        }
         match self.fd.run() {
             Ok(VcpuExit::IoOut(..)) => Ok(Step::Port),
             Ok(VcpuExit::Intr) => Ok(Step::Kicked),
