@@ -50,7 +50,13 @@ pub fn run(arguments: &CampaignArguments) -> Result<ExitCode> {
     };
     let commit = commit()?;
     let binary = ["--release", "--bin", arguments.name.as_str()];
-    shell::run(shell::cargo().arg("build").args(binary))?;
+    // Some campaigns run the program itself, which then lies beside them.
+    shell::run(
+        shell::cargo()
+            .arg("build")
+            .args(binary)
+            .args(["--bin", "strata"]),
+    )?;
     let start = Instant::now();
     let seconds = arguments.minutes.saturating_mul(60);
     let mut child = shell::cargo()
