@@ -18,6 +18,8 @@ const NAMES: [&str; 16] = [
 pub struct Tolerance {
     /// Flags without a defined value.
     pub flags: u64,
+    /// Linear addresses of bytes that need not be equal.
+    pub bytes: [(u64, u64); 2],
     /// More than one fault of memory operands is due, and any may come first.
     pub any_fault: bool,
     /// The processor may do either: nothing is compared.

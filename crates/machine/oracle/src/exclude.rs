@@ -56,9 +56,6 @@ pub fn code(code: Code) -> Option<&'static str> {
         | M::Xsavec64
         | M::Xrstor
         | M::Xrstor64 => "the host's XCR0 and its tracking of state in use are not the model's",
-        M::Fxsave | M::Fxsave64 | M::Fnstenv | M::Fnsave => {
-            "stores the address of the last x87 instruction"
-        }
         _ if matches!(
             code,
             Code::Reservednop_rm16_r16_0F0D

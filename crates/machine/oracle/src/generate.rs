@@ -261,6 +261,15 @@ pub fn leaves_undefined(instr: &Instruction) -> bool {
     use Mnemonic as M;
     matches!(
         instr.mnemonic(),
-        M::Aaa | M::Aas | M::Aam | M::Aad | M::Daa | M::Das
+        M::Aaa
+            | M::Aas
+            | M::Aam
+            | M::Aad
+            | M::Daa
+            | M::Das
+            | M::Fxsave
+            | M::Fxsave64
+            | M::Fnstenv
+            | M::Fnsave
     )
 }

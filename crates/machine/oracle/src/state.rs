@@ -1,6 +1,6 @@
 //! What a case starts from and ends with: registers, outcome, changed memory. Shared with the native child as bytes.
 
-use crate::layout::{LINE, RW_LINES};
+use crate::layout::{LINE, RW_LINES, RW_PAGES, Template};
 
 /// Register state. `#[repr(C)]`: the native runner's assembly uses the offsets in [`off`].
 #[repr(C, align(64))]
@@ -116,6 +116,40 @@ impl Lines {
             .copied()
             .zip(&self.bytes)
             .take(self.count as usize)
+    }
+
+    /// Makes the bytes in `ranges` (linear addresses, end excluded) what they were at the start.
+    pub fn forget(&mut self, ranges: &[(u64, u64)], template: &Template) {
+        let mut kept = 0;
+        for at in 0..self.count as usize {
+            let index = self.index[at];
+            let (page, offset) = (
+                usize::from(index) * LINE / 4096,
+                usize::from(index) * LINE % 4096,
+            );
+            let mut bytes = [0u8; LINE];
+            for (to, word) in bytes.chunks_exact_mut(8).zip(&self.bytes[at]) {
+                to.copy_from_slice(&word.to_le_bytes());
+            }
+            let before = &template.0[page][offset..offset + LINE];
+            for (i, (byte, &old)) in bytes.iter_mut().zip(before).enumerate() {
+                let linear = RW_PAGES[page] + (offset + i) as u64;
+                if ranges
+                    .iter()
+                    .any(|&(from, to)| linear >= from && linear < to)
+                {
+                    *byte = old;
+                }
+            }
+            if bytes != *before {
+                self.index[kept] = index;
+                for (to, word) in self.bytes[kept].iter_mut().zip(bytes.chunks_exact(8)) {
+                    *to = u64::from_le_bytes(word.try_into().unwrap_or_default());
+                }
+                kept += 1;
+            }
+        }
+        self.count = kept as u32;
     }
 
     /// Finds the lines of one page that changed, and puts them back. `first` is the page's first line number.

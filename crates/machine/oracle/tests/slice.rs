@@ -119,6 +119,10 @@ fn what_once_failed() {
             &[0x2e, 0xc4, 0xe2, 0x5d, 0x2e, 0x0f],
             "vmaskmovps cs:[edi], ymm4, ymm1: code is not writable",
         ),
+        (
+            &[0x66, 0x62, 0x39],
+            "bound di, [ecx]: two words, aligned as such",
+        ),
     ];
     let mut campaign = campaign(7);
     let all = once

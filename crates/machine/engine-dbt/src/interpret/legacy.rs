@@ -136,7 +136,9 @@ impl Exec<'_> {
     pub(super) fn bound(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
         let register = instr.op0_register();
         let size = register.size();
-        let linear = self.address(instr, 1, size * 2, Access::Read)?;
+        // Two operands in a row, each with its own alignment.
+        let linear = self.address(instr, 1, size, Access::Read)?;
+        let second = self.address_at(instr, 1, size as u64, size, Access::Read)?;
         let sign = |value: u64| {
             if size == 2 {
                 i64::from(value as i16)
@@ -145,7 +147,7 @@ impl Exec<'_> {
             }
         };
         let lower = sign(self.load_sized(linear, size)?);
-        let upper = sign(self.load_sized(linear.wrapping_add(size as u64), size)?);
+        let upper = sign(self.load_sized(second, size)?);
         let index = sign(self.named(register));
         if index < lower || index > upper {
             Err(Fault::plain(5))
