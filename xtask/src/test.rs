@@ -83,7 +83,7 @@ pub fn run(arguments: &TestArguments) -> Result<ExitCode> {
         report.checks.push(("lints", linted));
     }
     let bench = phases.run("guest programs", || guest::build("strata-guest-bench"))?;
-    let built = phases.run("build", || build(&runner));
+    let built = phases.run("build", build);
     report.checks.push(("build", built));
     if built {
         phases.run("tests", || {
@@ -108,14 +108,10 @@ fn passes(command: &mut Command) -> bool {
 /// Everything but doc tests and examples, the same for building and for running.
 const TARGETS: [&str; 4] = ["--workspace", "--bins", "--lib", "--tests"];
 
-/// Builds every test, and the binaries that the end-to-end tests run.
-fn build(runner: &Runner) -> bool {
-    let mut tests = cargo_with(runner);
-    match runner {
-        Runner::Nextest(_) => tests.args(["nextest", "run", "--no-run"]),
-        Runner::CargoTest => tests.args(["test", "--no-run"]),
-    };
-    passes(shell::cargo().args(["build", "--workspace", "--bins"])) && passes(tests.args(TARGETS))
+/// Builds every test, and the binaries that the end-to-end tests run. Not by the test runner, which would leave those out,
+/// and in one go, so that nothing is built twice with different features.
+fn build() -> bool {
+    passes(shell::cargo().arg("build").args(TARGETS))
 }
 
 fn cargo_with(runner: &Runner) -> Command {
