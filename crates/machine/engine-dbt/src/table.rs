@@ -260,7 +260,9 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
         return Treatment::Interpret;
     }
     if !features.allows(code) {
-        return Treatment::Undefined;
+        // LOCK may not precede a hint either.
+        let hint = is_hint(code) && !instr.has_lock_prefix();
+        return if hint { Treatment::Nop } else { Treatment::Undefined };
     }
     if instr.has_lock_prefix() && !lockable(instr) {
         return Treatment::Undefined;
@@ -317,6 +319,16 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
         return Treatment::MovOffset;
     }
     Treatment::Plain
+}
+
+/// True for 0F 18 to 0F 1F: no operation on a processor without the instruction that was put there later (RDSSP, which
+/// unwinders run unasked; MPX).
+pub fn is_hint(code: Code) -> bool {
+    let op = code.op_code();
+    op.encoding() == iced_x86::EncodingKind::Legacy
+        && op.table() == iced_x86::OpCodeTableKind::T0F
+        && op.op_code_len() == 1
+        && (0x18..=0x1f).contains(&op.op_code())
 }
 
 /// Near branches are plain; far ones belong to the interpreter.

@@ -3,9 +3,9 @@
 mod encode;
 mod values;
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic};
 use strata_engine::x86::CpuModel;
-use strata_engine_dbt::table::FeatureSet;
+use strata_engine_dbt::table::{FeatureSet, is_hint};
 
 use crate::exclude;
 use crate::layout::{CASE_ROOM, CASE_SHIFT, DATA, PAGE, TAIL, Template};
@@ -197,7 +197,7 @@ impl Generator {
             if instr.is_invalid() || exclude::instruction(&instr, &bytes).is_some() {
                 continue;
             }
-            if !self.features.allows(instr.code()) {
+            if !self.features.allows(instr.code()) && !is_hint(instr.code()) {
                 continue;
             }
             return Some((bytes, instr));
@@ -251,7 +251,8 @@ pub fn valid_codes(features: &FeatureSet, bits: u32) -> impl Iterator<Item = Cod
             }
             && !op.fwait()
             && code.mnemonic() != Mnemonic::INVALID
-            && features.allows(code)
+            && (features.allows(code)
+                || (is_hint(code) && !code.cpuid_features().contains(&CpuidFeature::MPX)))
             && exclude::code(code).is_none()
     })
 }

@@ -4,8 +4,9 @@
 pub const CODE: u64 = 0x1000_0000;
 /// Bytes of the code region.
 pub const CODE_SIZE: u64 = 4 << 20;
-/// Where every case's code jumps at its end: to the exit stub natively, to UD2 in the guest.
-pub const TRAMPOLINE: u64 = CODE - (1 << 20);
+/// Where every case's code jumps at its end: to the exit stub natively, to UD2 in the guest. Not a round number: no
+/// case should come upon it by chance, since what can be read there differs.
+pub const TRAMPOLINE: u64 = CODE - 0x5a_7000;
 /// The same for 32-bit code.
 pub const TRAMPOLINE_32: u64 = TRAMPOLINE + 0x100;
 /// Cases of one batch.

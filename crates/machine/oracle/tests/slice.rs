@@ -74,6 +74,10 @@ fn what_once_failed() {
             &[0x66, 0x40, 0x63, 0xb9, 0x03, 0, 0, 0],
             "movsxd di, [rcx+3]: reads four bytes",
         ),
+        (
+            &[0xf3, 0x48, 0x0f, 0x1e, 0xc8],
+            "rdsspq rax: no operation without shadow stacks",
+        ),
         (&[0x0f, 0xf7, 0xfb], "maskmovq mm7, mm3: enters MMX state"),
         (
             &[0x36, 0xa3, 0x22, 0, 0, 0, 0, 0x80, 0, 0],
