@@ -6,6 +6,9 @@
 //! [`exclude`] says what has no native counterpart and why, [`coverage`] counts what was exercised, [`campaign`] puts
 //! it together and shrinks what fails.
 //!
+//! What manuals leave to the processor is either left out ([`exclude`]) or tolerated ([`campaign`]), each with its
+//! reason; both lists were made on AMD's processors.
+//!
 //! A test tool: it may panic, and it needs a host whose Linux lets user code write FS and GS bases.
 
 #![allow(clippy::missing_panics_doc)]

@@ -241,11 +241,16 @@ fn map(at: u64, size: usize, protection: i32, flags: i32, fd: i32) -> io::Result
     Ok(got.cast())
 }
 
+/// True if the host's kernel lets user code write FS and GS bases, which the child does around each case.
+pub fn can_run() -> bool {
+    // SAFETY: a plain query; bit 1 is FSGSBASE.
+    unsafe { libc::getauxval(libc::AT_HWCAP2) & 2 != 0 }
+}
+
 impl Native {
     /// Starts a child.
     pub fn start(read_only: &[u8; 4096]) -> io::Result<Native> {
-        // SAFETY: a plain query.
-        if unsafe { libc::getauxval(libc::AT_HWCAP2) } & 2 == 0 {
+        if !can_run() {
             return Err(io::Error::other(
                 "the host's kernel does not let user code write FS and GS bases",
             ));
