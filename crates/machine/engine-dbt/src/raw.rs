@@ -200,7 +200,10 @@ impl Raw {
         self.rex = 0;
         vex.vvvv &= 7;
         vex.w &= !instr.op_code().is_wig32();
-        if self.map == 3 && instr.op_count() >= 4 && !matches!(instr.op3_kind(), iced_x86::OpKind::Immediate8) {
+        if self.map == 3
+            && instr.op_count() >= 4
+            && !matches!(instr.op3_kind(), iced_x86::OpKind::Immediate8)
+        {
             self.imm[0] &= 0x7f;
         }
     }

@@ -262,7 +262,11 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
     if !features.allows(code) {
         // LOCK may not precede a hint either.
         let hint = is_hint(code) && !instr.has_lock_prefix();
-        return if hint { Treatment::Nop } else { Treatment::Undefined };
+        return if hint {
+            Treatment::Nop
+        } else {
+            Treatment::Undefined
+        };
     }
     if instr.has_lock_prefix() && !lockable(instr) {
         return Treatment::Undefined;
@@ -313,7 +317,11 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
     ) {
         // The check that nothing is stored to a code segment is not made there.
         let code_segment = context.bits != 64 && instr.memory_segment() == Register::CS;
-        return if code_segment { Treatment::Interpret } else { Treatment::Masked };
+        return if code_segment {
+            Treatment::Interpret
+        } else {
+            Treatment::Masked
+        };
     }
     if (0..instr.op_count()).any(|i| instr.op_code().op_kind(i) == OpCodeOperandKind::mem_offs) {
         return Treatment::MovOffset;

@@ -31,16 +31,27 @@ pub struct MachineClock {
 impl MachineClock {
     /// A stopped clock at zero whose TSC ticks `tsc_hz` times a second.
     pub fn new(tsc_hz: u64) -> Self {
-        Self::from_state(ClockState { elapsed_ns: 0, tsc_hz })
+        Self::from_state(ClockState {
+            elapsed_ns: 0,
+            tsc_hz,
+        })
     }
 
     /// A stopped clock with saved values.
     pub fn from_state(state: ClockState) -> Self {
-        Self { inner: Mutex::new(Inner { base_ns: state.elapsed_ns, since: None }), tsc_hz: state.tsc_hz.max(1) }
+        Self {
+            inner: Mutex::new(Inner {
+                base_ns: state.elapsed_ns,
+                since: None,
+            }),
+            tsc_hz: state.tsc_hz.max(1),
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.inner
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Lets time run. No effect if it runs.
@@ -60,7 +71,9 @@ impl MachineClock {
     /// Nanoseconds of machine time.
     pub fn now_ns(&self) -> u64 {
         let inner = self.lock();
-        let run = inner.since.map_or(0, |since| u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX));
+        let run = inner.since.map_or(0, |since| {
+            u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        });
         inner.base_ns.saturating_add(run)
     }
 
@@ -90,12 +103,17 @@ impl MachineClock {
 
     /// Wall-clock nanoseconds since 1970.
     pub fn wall_ns(&self) -> u64 {
-        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
     }
 
     /// The clock as values.
     pub fn state(&self) -> ClockState {
-        ClockState { elapsed_ns: self.now_ns(), tsc_hz: self.tsc_hz }
+        ClockState {
+            elapsed_ns: self.now_ns(),
+            tsc_hz: self.tsc_hz,
+        }
     }
 }
 
@@ -105,7 +123,10 @@ mod tests {
 
     #[test]
     fn stands_until_started_and_keeps_its_value_when_stopped() {
-        let clock = MachineClock::from_state(ClockState { elapsed_ns: 5_000, tsc_hz: 1_000_000_000 });
+        let clock = MachineClock::from_state(ClockState {
+            elapsed_ns: 5_000,
+            tsc_hz: 1_000_000_000,
+        });
         assert_eq!(clock.now_ns(), 5_000);
         clock.start();
         while clock.now_ns() == 5_000 {}

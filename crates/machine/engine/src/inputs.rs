@@ -131,7 +131,11 @@ impl Inputs {
                 let input = log.inputs.pop_front().ok_or(InputError::Ended(*taken))?;
                 let index = *taken;
                 *taken += 1;
-                open(&input).ok_or(InputError::Mismatch { index, asked, recorded: input })
+                open(&input).ok_or(InputError::Mismatch {
+                    index,
+                    asked,
+                    recorded: input,
+                })
             }
         }
     }
@@ -154,7 +158,9 @@ impl Inputs {
     /// In replay, the retired-instruction count of the next asynchronous input, if that is what comes next.
     pub fn next_arrival(&self) -> Option<u64> {
         match self.peek()? {
-            Input::Interrupt { at, .. } | Input::DeviceWrite { at, .. } | Input::TlbFlush { at } => Some(*at),
+            Input::Interrupt { at, .. }
+            | Input::DeviceWrite { at, .. }
+            | Input::TlbFlush { at } => Some(*at),
             _ => None,
         }
     }
@@ -165,19 +171,38 @@ mod tests {
     use super::*;
 
     fn tsc(inputs: &mut Inputs, live: u64) -> Result<u64, InputError> {
-        inputs.take("tsc", || live, Input::Tsc, |i| if let Input::Tsc(v) = i { Some(*v) } else { None })
+        inputs.take(
+            "tsc",
+            || live,
+            Input::Tsc,
+            |i| {
+                if let Input::Tsc(v) = i {
+                    Some(*v)
+                } else {
+                    None
+                }
+            },
+        )
     }
 
     #[test]
     fn a_replay_gives_what_was_recorded_and_names_what_differs() {
         let mut record = Inputs::Record(InputLog::default());
         tsc(&mut record, 7).unwrap();
-        record.arrived(Input::Interrupt { at: 10, vector: 0x30 });
-        let Inputs::Record(log) = record else { panic!() };
+        record.arrived(Input::Interrupt {
+            at: 10,
+            vector: 0x30,
+        });
+        let Inputs::Record(log) = record else {
+            panic!()
+        };
         let mut replay = Inputs::replay(log);
         assert_eq!(tsc(&mut replay, 99), Ok(7));
         assert_eq!(replay.next_arrival(), Some(10));
-        assert!(matches!(tsc(&mut replay, 99), Err(InputError::Mismatch { index: 1, .. })));
+        assert!(matches!(
+            tsc(&mut replay, 99),
+            Err(InputError::Mismatch { index: 1, .. })
+        ));
         assert_eq!(tsc(&mut replay, 99), Err(InputError::Ended(2)));
     }
 }

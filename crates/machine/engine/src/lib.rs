@@ -9,8 +9,21 @@
 //! Threads: a [`Vcpu`] belongs to the one thread that calls [`Vcpu::run`]; everything else reaches it through its
 //! [`Kicker`] and the engine's [`InterruptSink`]. Devices are called on the vCPU's thread through [`IoBus`].
 
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
-#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic
+    )
+)]
 
 mod clock;
 mod inputs;

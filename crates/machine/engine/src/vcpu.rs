@@ -92,7 +92,8 @@ pub trait Engine: Send + Sync {
     fn interrupts(&self) -> Arc<dyn InterruptSink>;
 
     /// Binds an address to an event: a guest write there calls `bell` instead of [`IoBus`]. May be called while running.
-    fn add_doorbell(&self, at: DoorbellAddress, bell: Arc<dyn Doorbell>) -> Result<(), EngineError>;
+    fn add_doorbell(&self, at: DoorbellAddress, bell: Arc<dyn Doorbell>)
+    -> Result<(), EngineError>;
 
     /// Removes a doorbell; unknown addresses are ignored.
     fn remove_doorbell(&self, at: DoorbellAddress);

@@ -130,7 +130,9 @@ impl Running {
         }
         let result = if linear & u64::from(site.align).wrapping_sub(1) != 0 {
             Err(Fault::protection(0))
-        } else if let Err(fault) = exec.check_operand(site.segment.into(), linear, size, site.access) {
+        } else if let Err(fault) =
+            exec.check_operand(site.segment.into(), linear, size, site.access)
+        {
             Err(fault)
         } else {
             exec.slow_access(

@@ -148,7 +148,9 @@ pub(super) struct FeatureSet(u128);
 
 impl FeatureSet {
     pub fn of(features: &[Feature]) -> Self {
-        features.iter().fold(FeatureSet::default(), |set, &feature| set.with(feature))
+        features
+            .iter()
+            .fold(FeatureSet::default(), |set, &feature| set.with(feature))
     }
     pub fn with(self, feature: Feature) -> Self {
         FeatureSet(self.0 | 1 << feature as u32)
@@ -175,7 +177,8 @@ mod tests {
             assert_eq!(info.feature as usize, i);
             let twin = FEATURES.iter().find(|o| {
                 o.feature != info.feature
-                    && (o.leaf, o.subleaf, o.output, o.bit) == (info.leaf, info.subleaf, info.output, info.bit)
+                    && (o.leaf, o.subleaf, o.output, o.bit)
+                        == (info.leaf, info.subleaf, info.output, info.bit)
             });
             assert!(twin.is_none(), "{} and {twin:?}", info.name);
         }

@@ -70,10 +70,10 @@ const LINEAR_BITS: u32 = 48;
 const BASELINE: &[Feature] = {
     use Feature::*;
     &[
-        Fpu, De, Pse, Tsc, Msr, Pae, Mce, Cx8, Apic, Sep, Mtrr, Pge, Mca, Cmov, Pat, Pse36, Clflush, Mmx, Fxsr, Sse,
-        Sse2, SelfSnoop, Sse3, Pclmul, Ssse3, Fma, Cx16, Sse41, Sse42, Movbe, Popcnt, Aes, Xsave, Avx, F16c, Rdrand,
-        Hypervisor, Arat, Fsgsbase, Bmi1, Avx2, Smep, Bmi2, Erms, Xsaveopt, LahfLm, Lzcnt, Syscall, Nx, Page1g,
-        Rdtscp, LongMode,
+        Fpu, De, Pse, Tsc, Msr, Pae, Mce, Cx8, Apic, Sep, Mtrr, Pge, Mca, Cmov, Pat, Pse36,
+        Clflush, Mmx, Fxsr, Sse, Sse2, SelfSnoop, Sse3, Pclmul, Ssse3, Fma, Cx16, Sse41, Sse42,
+        Movbe, Popcnt, Aes, Xsave, Avx, F16c, Rdrand, Hypervisor, Arat, Fsgsbase, Bmi1, Avx2, Smep,
+        Bmi2, Erms, Xsaveopt, LahfLm, Lzcnt, Syscall, Nx, Page1g, Rdtscp, LongMode,
     ]
 };
 
@@ -82,8 +82,19 @@ const BASELINE: &[Feature] = {
 const TRANSLATOR: &[Feature] = {
     use Feature::*;
     &[
-        X2apic, TscDeadline, TscAdjust, InvariantTsc, Fsrm, SpecCtrl, ArchCapabilities, BhiCtrl, Xgetbv1, FpuNoCsDs,
-        Umip, Rdpid, PrefetchW,
+        X2apic,
+        TscDeadline,
+        TscAdjust,
+        InvariantTsc,
+        Fsrm,
+        SpecCtrl,
+        ArchCapabilities,
+        BhiCtrl,
+        Xgetbv1,
+        FpuNoCsDs,
+        Umip,
+        Rdpid,
+        PrefetchW,
     ]
 };
 
@@ -104,7 +115,11 @@ const CONSTANT: &[CpuidEntry] = &[
     entry(4, Some(1), [0x122, 0x01c0_003f, 63, 0]),
     entry(4, Some(2), [0x143, 0x04c0_003f, 1023, 0]),
     entry(4, Some(3), [0x163, 0x02c0_003f, 32767, 4]),
-    entry(HYPERVISOR, None, [0x4000_0010, 0x4b4d_564b, 0x564b_4d56, 0x4d]),
+    entry(
+        HYPERVISOR,
+        None,
+        [0x4000_0010, 0x4b4d_564b, 0x564b_4d56, 0x4d],
+    ),
     entry(HYPERVISOR + 1, None, [KVM_FEATURES, 0, 0, 0]),
     entry(0x8000_0000, None, [0x8000_0008, 0, 0, 0]),
     entry(0x8000_0002, None, brand(0)),
@@ -112,7 +127,11 @@ const CONSTANT: &[CpuidEntry] = &[
     entry(0x8000_0004, None, brand(32)),
     // L2 1280 KiB, 64-byte lines.
     entry(0x8000_0006, None, [0, 0, 0x0500_7040, 0]),
-    entry(0x8000_0008, None, [LINEAR_BITS << 8 | PHYSICAL_BITS, 0, 0, 0]),
+    entry(
+        0x8000_0008,
+        None,
+        [LINEAR_BITS << 8 | PHYSICAL_BITS, 0, 0, 0],
+    ),
 ];
 
 /// Family 6, model 0x6a, stepping 6.
@@ -125,13 +144,30 @@ const KVM_FEATURES: u32 = 1 << 1 | 1 << 3 | 1 << 6 | 1 << 24;
 /// IA32_ARCH_CAPABILITIES: RDCL_NO, IBRS_ALL, SKIP_L1DFL, SSB_NO, MDS_NO, PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO,
 /// PSDP_NO, BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO. Linux since 2025 does not believe BHI_NO, but is content with the
 /// bit in IA32_SPEC_CTRL that [`Feature::BhiCtrl`] announces, in place of a loop at every system call.
-const ARCH_CAPABILITIES: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 13 | 1 << 14 | 1 << 15
-    | 1 << 20 | 1 << 24 | 1 << 26 | 1 << 27 | 1 << 62;
+const ARCH_CAPABILITIES: u64 = 1
+    | 1 << 1
+    | 1 << 3
+    | 1 << 4
+    | 1 << 5
+    | 1 << 6
+    | 1 << 8
+    | 1 << 13
+    | 1 << 14
+    | 1 << 15
+    | 1 << 20
+    | 1 << 24
+    | 1 << 26
+    | 1 << 27
+    | 1 << 62;
 
 const BRAND: &[u8; 48] = b"Strata virtual x86-64-v3 processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
 const fn entry(leaf: u32, subleaf: Option<u32>, value: [u32; 4]) -> CpuidEntry {
-    CpuidEntry { leaf, subleaf, value }
+    CpuidEntry {
+        leaf,
+        subleaf,
+        value,
+    }
 }
 
 #[allow(clippy::indexing_slicing, reason = "evaluated at compile time")]
@@ -157,19 +193,35 @@ impl CpuModel {
         let (name, features) = match name {
             "baseline" => ("baseline", baseline),
             "host" => {
-                let more = HOST.iter().filter(|f| is_available(**f, host)).fold(baseline, |set, &f| set.with(f));
+                let more = HOST
+                    .iter()
+                    .filter(|f| is_available(**f, host))
+                    .fold(baseline, |set, &f| set.with(f));
                 ("host", more.union(FeatureSet::of(TRANSLATOR)))
             }
             other => return Err(ModelError::Unknown(other.to_owned())),
         };
-        let missing: Vec<_> =
-            features.iter().filter(|info| !is_available(info.feature, host)).map(|info| info.name).collect();
-        if missing.is_empty() { Ok(CpuModel { name, features }) } else { Err(ModelError::Missing { model: name, missing }) }
+        let missing: Vec<_> = features
+            .iter()
+            .filter(|info| !is_available(info.feature, host))
+            .map(|info| info.name)
+            .collect();
+        if missing.is_empty() {
+            Ok(CpuModel { name, features })
+        } else {
+            Err(ModelError::Missing {
+                model: name,
+                missing,
+            })
+        }
     }
 
     /// The model as the translator offers it: with x2APIC, TSC deadline and whatever else it emulates itself.
     pub fn translated(self) -> CpuModel {
-        CpuModel { features: self.features.union(FeatureSet::of(TRANSLATOR)), ..self }
+        CpuModel {
+            features: self.features.union(FeatureSet::of(TRANSLATOR)),
+            ..self
+        }
     }
 
     /// The model's name.
@@ -215,7 +267,11 @@ impl CpuModel {
             (Feature::Smep, 1 << 20),
             (Feature::Smap, 1 << 21),
         ];
-        by_feature.iter().filter(|(feature, _)| self.has(*feature)).map(|(_, bit)| bit).sum()
+        by_feature
+            .iter()
+            .filter(|(feature, _)| self.has(*feature))
+            .map(|(_, bit)| bit)
+            .sum()
     }
 
     /// Bits of a guest-physical address; those above are reserved in page tables.
@@ -225,18 +281,32 @@ impl CpuModel {
 
     /// Value of IA32_ARCH_CAPABILITIES; 0 if the model has no such register.
     pub fn arch_capabilities(&self) -> u64 {
-        if self.has(Feature::ArchCapabilities) { ARCH_CAPABILITIES } else { 0 }
+        if self.has(Feature::ArchCapabilities) {
+            ARCH_CAPABILITIES
+        } else {
+            0
+        }
     }
 
     /// MSRs of the model that belong to a vCPU's state, ascending. Those with a field of their own in
     /// [`super::CpuState`] (EFER, segment bases) and the APIC's are not among them.
     pub fn msrs(&self) -> impl Iterator<Item = u32> {
-        MsrIndex::SAVED.iter().filter(|(_, needs)| needs.is_none_or(|f| self.has(f))).map(|&(index, _)| index)
+        MsrIndex::SAVED
+            .iter()
+            .filter(|(_, needs)| needs.is_none_or(|f| self.has(f)))
+            .map(|&(index, _)| index)
     }
 
     /// What CPUID answers on a machine of one vCPU whose registers are as after reset: the model's features.
     pub fn leaf(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        self.cpuid(leaf, subleaf, &CpuidContext { apic_enabled: true, ..CpuidContext::default() })
+        self.cpuid(
+            leaf,
+            subleaf,
+            &CpuidContext {
+                apic_enabled: true,
+                ..CpuidContext::default()
+            },
+        )
     }
 
     /// What CPUID answers in EAX, EBX, ECX, EDX. Leaves that do not exist are all zero.
@@ -279,7 +349,9 @@ impl CpuModel {
             0xb => {
                 match subleaf {
                     0 => (*eax, *ebx, *ecx) = (0, 1, 1 << 8),
-                    1 => (*eax, *ebx, *ecx) = (vcpus.next_power_of_two().ilog2(), vcpus, 2 << 8 | 1),
+                    1 => {
+                        (*eax, *ebx, *ecx) = (vcpus.next_power_of_two().ilog2(), vcpus, 2 << 8 | 1)
+                    }
                     _ => *ecx = subleaf & 0xff,
                 }
                 *edx = vcpu.apic_id;
@@ -302,7 +374,9 @@ impl CpuModel {
                 (*eax, *ebx, *ecx) = (mhz, mhz, 100);
             }
             // TSC and APIC bus frequency in kHz.
-            0x4000_0010 => (*eax, *ebx) = ((vcpu.tsc_hz / 1000) as u32, (APIC_BUS_HZ / 1000) as u32),
+            0x4000_0010 => {
+                (*eax, *ebx) = ((vcpu.tsc_hz / 1000) as u32, (APIC_BUS_HZ / 1000) as u32)
+            }
             _ => {}
         }
     }
@@ -333,7 +407,10 @@ fn output(values: &mut [u32; 4], which: Output) -> &mut u32 {
 }
 
 fn is_available(feature: Feature, host: FeatureSet) -> bool {
-    feature.info().is_some_and(|info| info.provider == Provider::Engine) || host.has(feature)
+    feature
+        .info()
+        .is_some_and(|info| info.provider == Provider::Engine)
+        || host.has(feature)
 }
 
 /// What the host's CPU has and its operating system has switched on.
@@ -354,7 +431,9 @@ fn host_features() -> FeatureSet {
     };
     FEATURES
         .iter()
-        .filter(|info| *output(&mut cpuid(info.leaf, info.subleaf), info.output) >> info.bit & 1 != 0)
+        .filter(|info| {
+            *output(&mut cpuid(info.leaf, info.subleaf), info.output) >> info.bit & 1 != 0
+        })
         .filter(|info| avx || !needs_avx(info))
         .fold(FeatureSet::default(), |set, info| set.with(info.feature))
 }
@@ -373,7 +452,9 @@ mod tests {
     };
 
     fn everything() -> FeatureSet {
-        FEATURES.iter().fold(FeatureSet::default(), |set, info| set.with(info.feature))
+        FEATURES
+            .iter()
+            .fold(FeatureSet::default(), |set, info| set.with(info.feature))
     }
 
     fn baseline() -> CpuModel {
@@ -382,11 +463,21 @@ mod tests {
 
     #[test]
     fn features_and_leaves_agree() {
-        for model in [baseline(), baseline().translated(), CpuModel::on_host("host", everything()).unwrap()] {
+        for model in [
+            baseline(),
+            baseline().translated(),
+            CpuModel::on_host("host", everything()).unwrap(),
+        ] {
             for info in FEATURES {
                 let mut answer = model.cpuid(info.leaf, info.subleaf, &VCPU);
                 let bit = *output(&mut answer, info.output) >> info.bit & 1;
-                assert_eq!(bit == 1, model.has(info.feature), "{} of {}", info.name, model.name());
+                assert_eq!(
+                    bit == 1,
+                    model.has(info.feature),
+                    "{} of {}",
+                    info.name,
+                    model.name()
+                );
             }
         }
     }
@@ -411,16 +502,28 @@ mod tests {
             .fold(FeatureSet::default(), |set, info| set.with(info.feature));
         assert_eq!(
             CpuModel::on_host("baseline", host),
-            Err(ModelError::Missing { model: "baseline", missing: vec!["avx2"] })
+            Err(ModelError::Missing {
+                model: "baseline",
+                missing: vec!["avx2"]
+            })
         );
-        assert_eq!(CpuModel::on_host("z80", host), Err(ModelError::Unknown("z80".into())));
+        assert_eq!(
+            CpuModel::on_host("z80", host),
+            Err(ModelError::Unknown("z80".into()))
+        );
     }
 
     #[test]
     fn vendor_hypervisor_and_brand_read_as_text() {
         let text = |leaf, order: [usize; 3]| {
             let answer = baseline().cpuid(leaf, 0, &VCPU);
-            String::from_utf8(order.iter().flat_map(|&i| answer[i].to_le_bytes()).collect()).unwrap()
+            String::from_utf8(
+                order
+                    .iter()
+                    .flat_map(|&i| answer[i].to_le_bytes())
+                    .collect(),
+            )
+            .unwrap()
         };
         assert_eq!(text(0, [1, 3, 2]), "GenuineIntel");
         assert_eq!(text(HYPERVISOR, [1, 2, 3]), "KVMKVMKVM\0\0\0");
@@ -441,9 +544,15 @@ mod tests {
         assert_eq!(model.cpuid(0xb, 1, &VCPU), [2, 3, 0x201, 2]);
         assert_eq!(model.cpuid(0xb, 2, &VCPU), [0, 0, 2, 2]);
         assert_eq!(model.cpuid(0xd, 0, &VCPU), [7, 832, 832, 0]);
-        assert_eq!(model.cpuid(0xd, 0, &CpuidContext { xcr0: 3, ..VCPU })[1], 576);
+        assert_eq!(
+            model.cpuid(0xd, 0, &CpuidContext { xcr0: 3, ..VCPU })[1],
+            576
+        );
         let [denominator, numerator, crystal, _] = model.cpuid(0x15, 0, &VCPU);
-        assert_eq!(u64::from(crystal) * u64::from(numerator) / u64::from(denominator), VCPU.tsc_hz);
+        assert_eq!(
+            u64::from(crystal) * u64::from(numerator) / u64::from(denominator),
+            VCPU.tsc_hz
+        );
         assert_eq!(model.cpuid(4, 4, &VCPU), [0; 4]);
         assert_eq!(model.cpuid(7, 1, &VCPU), [0; 4]);
         assert_eq!(model.cpuid(0x8000_001e, 0, &VCPU), [0; 4]);
