@@ -12,16 +12,30 @@ const TIMER_INITIAL: usize = 0x38;
 const TIMER_CURRENT: usize = 0x39;
 const TIMER_DIVIDE: usize = 0x3e;
 
-/// The page as values. `now_ns` is machine time.
-pub fn save(page: &kvm_lapic_state, base: u64, tsc_deadline: u64, now_ns: u64) -> ApicState {
-    let registers: Vec<u32> = (0..REGISTERS).map(|index| read(page, index)).collect();
+/// When a local APIC's timer fires next. The kernel's runs on while the machine stands, so this is noted when a vCPU
+/// stops.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Timer {
+    /// Machine nanoseconds, if it counts down.
+    pub deadline_ns: Option<u64>,
+    /// IA32_TSC_DEADLINE.
+    pub tsc_deadline: u64,
+}
+
+/// The machine time at which the timer fires, if it counts down.
+pub fn deadline_ns(page: &kvm_lapic_state, now_ns: u64) -> Option<u64> {
     let armed = counts_down(read(page, LVT_TIMER)) && read(page, TIMER_CURRENT) != 0;
     let left_ns = u64::from(read(page, TIMER_CURRENT)) * tick_ns(read(page, TIMER_DIVIDE));
+    armed.then(|| now_ns.saturating_add(left_ns))
+}
+
+/// The page as values.
+pub fn save(page: &kvm_lapic_state, base: u64, timer: Timer) -> ApicState {
     ApicState {
         base,
-        registers,
-        tsc_deadline,
-        timer_deadline_ns: armed.then(|| now_ns.saturating_add(left_ns)),
+        registers: (0..REGISTERS).map(|index| read(page, index)).collect(),
+        tsc_deadline: timer.tsc_deadline,
+        timer_deadline_ns: timer.deadline_ns,
     }
 }
 
@@ -93,8 +107,8 @@ mod tests {
         };
         let page = load(&state, 8_000);
         assert_eq!(read(&page, TIMER_CURRENT), 100, "1,600 ns at 16 ns a tick");
-        let saved = save(&page, state.base, 0, 8_000);
-        assert_eq!(saved.timer_deadline_ns, state.timer_deadline_ns);
+        assert_eq!(deadline_ns(&page, 8_000), state.timer_deadline_ns);
+        let saved = save(&page, state.base, Timer::default());
         assert_eq!(saved.registers[0x20], state.registers[0x20]);
         assert_eq!(read(&load(&state, 20_000), TIMER_CURRENT), 1, "overdue");
     }

@@ -15,7 +15,7 @@ use strata_engine::x86::{
 };
 
 use crate::engine::failed;
-use crate::lapic;
+use crate::lapic::{self, Timer};
 use crate::vcpu::KvmVcpu;
 
 /// Byte offsets in the XSAVE area.
@@ -45,11 +45,6 @@ pub fn save(vcpu: &KvmVcpu) -> Result<CpuState, EngineError> {
         .map_err(failed("reading debug registers"))?;
     let events = fd.get_vcpu_events().map_err(failed("reading events"))?;
     let page = fd.get_lapic().map_err(failed("reading the local APIC"))?;
-    let tsc_deadline = match vcpu.machine.model.has(Feature::TscDeadline) {
-        true => vcpu.read_msr(MsrIndex::TSC_DEADLINE.0).unwrap_or(0),
-        false => 0,
-    };
-    let now_ns = vcpu.machine.time.clock().now_ns();
     Ok(CpuState {
         gpr: gpr(&regs),
         rip: regs.rip,
@@ -71,7 +66,7 @@ pub fn save(vcpu: &KvmVcpu) -> Result<CpuState, EngineError> {
         dr7: debug.dr7,
         msrs: save_msrs(vcpu),
         xsave: save_xsave(vcpu)?,
-        apic: Some(lapic::save(&page, sregs.apic_base, tsc_deadline, now_ns)),
+        apic: Some(lapic::save(&page, sregs.apic_base, vcpu.timer)),
         mp_state: match mp.mp_state {
             KVM_MP_STATE_HALTED => MpState::Halted,
             KVM_MP_STATE_UNINITIALIZED
@@ -124,6 +119,10 @@ pub fn restore(vcpu: &mut KvmVcpu, state: &CpuState) -> Result<(), EngineError> 
         .map_err(invalid("its pending events"))?;
     vcpu.step_tsc(state.tsc_offset.wrapping_sub(vcpu.tsc_offset))?;
     vcpu.tsc_offset = state.tsc_offset;
+    vcpu.timer = state.apic.as_ref().map_or(Timer::default(), |apic| Timer {
+        deadline_ns: apic.timer_deadline_ns,
+        tsc_deadline: apic.tsc_deadline,
+    });
     Ok(())
 }
 

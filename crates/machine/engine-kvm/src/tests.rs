@@ -462,6 +462,43 @@ fn time_stands_while_the_machine_does() {
 }
 
 #[test]
+fn a_timer_keeps_its_deadline_while_the_machine_stands() {
+    let Some(rig) = Rig::new(1) else { return };
+    // sti; hlt; jmp to hlt
+    let mut vcpu = rig.vcpu(0, &[0xfb, 0xf4, 0xeb, 0xfd]);
+    // out 0x10, al; iret
+    rig.memory.write(Gpa(0x3000), &[0xe6, 0x10, 0xcf]).unwrap();
+    rig.memory.write_u32(Gpa(0x41 * 4), 0x0300_0000).unwrap();
+    let mut state = vcpu.state();
+    let deadline = rig.clock.now_ns() + 1_000_000_000;
+    let apic = state.apic.as_mut().unwrap();
+    apic.registers[0x0f] = 0x1ff;
+    apic.registers[0x32] = 0x41;
+    apic.registers[0x3e] = 0b1011;
+    apic.registers[0x38] = 2_000_000_000;
+    apic.timer_deadline_ns = Some(deadline);
+    vcpu.set_state(&state).unwrap();
+    let kicker = vcpu.kicker();
+    let thread = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        kicker.kick();
+    });
+    let notes = Notes::default();
+    assert_eq!(vcpu.run(&notes).unwrap(), Exit::Kicked);
+    thread.join().unwrap();
+    rig.clock.stop();
+    assert_eq!(notes.log(), []);
+    let noted = vcpu.state().apic.unwrap().timer_deadline_ns.unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    let later = vcpu.state().apic.unwrap().timer_deadline_ns.unwrap();
+    assert_eq!(noted, later);
+    assert!(noted.abs_diff(deadline) < 100_000_000, "{noted} {deadline}");
+    rig.clock.start();
+    assert_eq!(run(&mut vcpu, &notes), Exit::Kicked);
+    assert_eq!(notes.log().len(), 1);
+}
+
+#[test]
 fn an_8259_interrupts_through_lint0() {
     let Some(rig) = Rig::new(1) else { return };
     // sti; hlt; jmp to hlt

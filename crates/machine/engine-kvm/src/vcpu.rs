@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_device_attr, kvm_msr_entry};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use strata_engine::x86::{CpuState, CpuidContext, MsrIndex, X86};
+use strata_engine::x86::{CpuState, CpuidContext, Feature, MsrIndex, X86};
 use strata_engine::{EngineError, Exit, ExitCause, IoBus, Kicker, Vcpu, VcpuId, VcpuStats};
 use strata_memory::Gpa;
 
 use crate::cpuid;
 use crate::engine::{Machine, failed};
 use crate::kick::Shared;
+use crate::lapic::{self, Timer};
 use crate::state;
 
 /// `KVM_INTERRUPT`, which the wrappers lack: `_IOW(KVMIO, 0x86, struct kvm_interrupt)`.
@@ -39,6 +40,8 @@ pub struct KvmVcpu {
     pub(crate) tsc_offset: u64,
     /// The part of [`crate::time::Time::correction`] that its counter has.
     corrected: u64,
+    /// Its local APIC's timer when it last stopped.
+    pub(crate) timer: Timer,
     /// Registers of the model that this KVM has.
     pub(crate) msrs: Vec<u32>,
     shared: Arc<Shared>,
@@ -103,6 +106,7 @@ impl KvmVcpu {
             tsc_hz,
             tsc_offset: 0,
             corrected: 0,
+            timer: Timer::default(),
             msrs,
             shared,
             stats: VcpuStats::default(),
@@ -197,10 +201,35 @@ impl KvmVcpu {
         if correction != self.corrected {
             self.step_tsc(correction.wrapping_sub(self.corrected))?;
             self.corrected = correction;
+            self.set_timer()?;
             // The guest's watchdogs shall not count the pause. Fails if it has no paravirtual clock to tell it by.
             let _ = self.fd.kvmclock_ctrl();
         }
         Ok(())
+    }
+
+    /// Notes when the timer fires, while machine time runs.
+    fn note_timer(&mut self) -> Result<(), EngineError> {
+        let page = self
+            .fd
+            .get_lapic()
+            .map_err(failed("reading the local APIC"))?;
+        let now_ns = self.machine.time.clock().now_ns();
+        self.timer.deadline_ns = lapic::deadline_ns(&page, now_ns);
+        if self.machine.model.has(Feature::TscDeadline) {
+            self.timer.tsc_deadline = self.read_msr(MsrIndex::TSC_DEADLINE.0).unwrap_or(0);
+        }
+        Ok(())
+    }
+
+    /// Sets the kernel's deadline anew after the counter has moved. A timer that counts down cannot be set without
+    /// writing the whole local APIC, which could lose an interrupt that comes meanwhile: after a pause it fires early
+    /// instead, as guests know timers of virtual machines to do.
+    fn set_timer(&mut self) -> Result<(), EngineError> {
+        match self.timer.tsc_deadline {
+            0 => Ok(()),
+            deadline => self.write_msr(MsrIndex::TSC_DEADLINE.0, deadline),
+        }
     }
 
     /// Notes a counter that the guest has moved, while machine time and the counter run alike.
@@ -469,6 +498,7 @@ impl Vcpu<X86> for KvmVcpu {
         let exit = self.run_inside(bus);
         drop(running);
         self.note_tsc_offset();
+        self.note_timer()?;
         exit
     }
 
