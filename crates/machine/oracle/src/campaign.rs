@@ -30,6 +30,10 @@ pub struct Campaign {
     pub cases: u64,
     /// Cases that did not end in time, natively.
     pub timeouts: u64,
+    /// Runs in the engine whose native side ended in a fault.
+    pub faults: u64,
+    /// Runs in the engine of which nothing was compared, see [`Tolerance::either`].
+    pub tolerated: u64,
 }
 
 /// A case that ended differently.
@@ -66,6 +70,8 @@ impl Campaign {
             coverage: Coverage::default(),
             cases: 0,
             timeouts: 0,
+            faults: 0,
+            tolerated: 0,
         })
     }
 
@@ -152,6 +158,8 @@ impl Campaign {
                 }
                 let end = guest.run(&program.init, &self.template, &mut self.lines);
                 let tolerance = tolerance(program, &case.result, &end);
+                self.faults += u64::from(case.result.vector != DONE);
+                self.tolerated += u64::from(tolerance.either);
                 if tolerance.bytes.iter().any(|(from, to)| from != to) {
                     self.lines.forget(&tolerance.bytes, &self.template);
                     case.lines.forget(&tolerance.bytes, &self.template);
