@@ -214,9 +214,11 @@ fn run_case(
         .arg(&case.image)
         .arg("--initrd")
         .arg(scratch.0.join("environment"));
+    // As after a multiboot loader, the first word is the kernel's name.
+    let line = format!("{} {}", case.name, case.arguments);
     command.args([
         "--append",
-        &case.arguments,
+        line.trim_end(),
         "--memory",
         MEMORY,
         "--debug-exit",
