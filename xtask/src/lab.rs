@@ -30,7 +30,7 @@ pub struct LabArguments {
     #[arg(long, conflicts_with_all = ["cpus", "no_tests"])]
     tests_only: bool,
     /// Give up after this many seconds.
-    #[arg(long, default_value_t = 420)]
+    #[arg(long, default_value_t = 600)]
     patience: u64,
 }
 
@@ -39,6 +39,8 @@ const PASS: &str = "lab: pass ";
 /// Modes of files in the RAM disk.
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
+/// Seconds for one machine inside. On an idle host it takes ten to twenty.
+const BOOT_LIMIT: u32 = 120;
 /// What it says last.
 const DONE: &str = "lab: done";
 
@@ -200,12 +202,13 @@ fn script(arguments: &LabArguments) -> String {
     }
     for cpus in arguments.machines() {
         let run = format!(
-            "/lab/strata run --engine kvm --cpus {cpus} --kernel /lab/kernel --initrd /lab/initrd"
+            "timeout {BOOT_LIMIT} /lab/strata run --engine kvm --cpus {cpus} --kernel /lab/kernel --initrd /lab/initrd"
         );
         let append = "console=ttyS0 cryptomgr.notests panic=-1";
         script.push_str(&format!(
             "{run} --append '{append} strata.run=\"uname -a\"' >/tmp/out; code=$?\n\
-             tail -n 3 /tmp/out; grep -q \"^Linux.*$(uname -r)\" /tmp/out && [ $code = 0 ] && passed 'console with {cpus} CPUs'\n\
+             if grep \"^Linux.*$(uname -r)\" /tmp/out && [ $code = 0 ]; then passed 'console with {cpus} CPUs'\n\
+             else echo \"exit status $code, the console's last lines:\"; tail -n 20 /tmp/out; fi\n\
              {run} --append '{append} quiet strata.agent=1' -- sh -c 'nproc; exit 7' >/tmp/out; code=$?\n\
              echo \"exit status $code, CPUs $(cat /tmp/out)\"\n\
              [ $code = 7 ] && [ \"$(cat /tmp/out)\" = {cpus} ] && passed 'command with {cpus} CPUs'\n",
