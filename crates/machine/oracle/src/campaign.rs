@@ -292,8 +292,12 @@ fn tolerance(program: &Program, end: &State, guest: &State) -> Tolerance {
         }
         // Processors differ on whether what was popped or pushed before a fault stays.
         M::Popa | M::Popad | M::Pusha | M::Pushad => out.either = true,
-        // A single-step trap that is due for elements gathered before a fault comes first on some processors.
-        _ if last.is_vsib() && program.init.rflags & 0x100 != 0 => out.either = true,
+        // So are the lanes of gathers; and a single-step trap that is due for lanes gathered before a fault comes first
+        // on some processors.
+        _ if last.is_vsib() => {
+            out.any_fault = program.bits == 32;
+            out.either |= program.init.rflags & 0x100 != 0;
+        }
         _ => {}
     }
     // Which operands of vector and x87 instructions must be aligned when AC is set is the processor's choice.

@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
 use super::Program;
-use crate::layout::{CODE, DATA, HIGH, PAGE, RW_PAGES, Template, USER_CS, USER_CS_32};
+use crate::layout::{CODE, CODE_SIZE, DATA, HIGH, PAGE, RW_PAGES, Template, USER_CS, USER_CS_32};
 use crate::rng::Rng;
 use crate::state::State;
 
@@ -171,7 +171,8 @@ fn anywhere(rng: &mut Rng) -> u64 {
             0xffff_8000_0000_0000,
         ]),
         98 => rng.below(40).wrapping_neg(),
-        _ => CODE + 64 * rng.below(16),
+        // Code nobody runs: what other cases left behind may be cut anywhere when it is jumped to.
+        _ => CODE + CODE_SIZE - PAGE + 64 * rng.below(16),
     }
 }
 
