@@ -151,7 +151,9 @@ fn sections_of(text: &str, directory: &Path, images: &BTreeSet<PathBuf>) -> Vec<
         let Some(image) = value("file").map(|file| directory.join(file)) else {
             continue;
         };
-        let arguments = plain(&value("test_args").unwrap_or_default());
+        let arguments = value("test_args")
+            .unwrap_or_default()
+            .replace(['"', '\''], "");
         let repeats = cases
             .iter()
             .any(|case| case.image == image && case.arguments == arguments);
@@ -166,14 +168,14 @@ fn sections_of(text: &str, directory: &Path, images: &BTreeSet<PathBuf>) -> Vec<
     cases
 }
 
-/// Arguments as a shell would leave them, with the time in seconds for the one command the file uses.
-fn plain(arguments: &str) -> String {
+/// The line an image gets. As after a multiboot loader, its first word is the kernel's name; the one command that
+/// `unittests.cfg` uses is answered when the image starts, which compares the time with its own.
+fn command_line(case: &Case) -> String {
     let now = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |time| time.as_secs());
-    arguments
-        .replace("`date +%s`", &now.to_string())
-        .replace(['"', '\''], "")
+    let arguments = case.arguments.replace("`date +%s`", &now.to_string());
+    format!("{} {arguments}", case.name).trim_end().to_owned()
 }
 
 /// A directory for the module and the outputs, removed at the end.
@@ -214,11 +216,9 @@ fn run_case(
         .arg(&case.image)
         .arg("--initrd")
         .arg(scratch.0.join("environment"));
-    // As after a multiboot loader, the first word is the kernel's name.
-    let line = format!("{} {}", case.name, case.arguments);
     command.args([
         "--append",
-        line.trim_end(),
+        &command_line(case),
         "--memory",
         MEMORY,
         "--debug-exit",
