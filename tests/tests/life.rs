@@ -30,8 +30,9 @@ fn a_terminal_gets_an_escape_sequence_and_ctrl_c_goes_to_the_guest() {
     session
         .expect("escape")
         .expect(PROMPT)
-        // Not what the line editor echoes: then the shell might still read our Ctrl-C itself.
-        .send("echo now $((2 + 3)); sleep 1000\n")
+        // What is printed, not what the line editor echoes, and by the program that Ctrl-C is for: only then has the
+        // shell handed the terminal over.
+        .send("sh -c 'echo now $((2 + 3)); exec sleep 1000'\n")
         .expect("now 5")
         .send("\u{3}");
     session
