@@ -428,16 +428,16 @@ mod tests {
 
     #[test]
     fn paths_of_one_machine_are_found() {
-        let root = Path::new("/work/main");
+        let root = Path::new("/build/main");
         assert!(finds(
-            &check_paths(root, "a.md", "see /work/notes/x"),
+            &check_paths(root, "a.md", "see /build/notes/x"),
             "a.md:1"
         ));
         assert!(finds(
             &check_paths(root, "a.md", "in /home/somebody"),
             "a.md:1"
         ));
-        assert!(check_paths(root, "a.md", "see shared/work/notes and target/work/x").is_empty());
+        assert!(check_paths(root, "a.md", "see shared/build/notes and target/build/x").is_empty());
         assert!(check_paths(Path::new("/tmp/clone"), "a.md", "in /tmp/x").is_empty());
     }
 
