@@ -523,8 +523,8 @@ impl Vcpu<X86> for Translated {
     }
 }
 
-/// Between runs there is nobody to ask.
-struct NoBus;
+/// A bus without devices: between runs there is nobody to ask, and a follower's reads come from its recording.
+pub(crate) struct NoBus;
 
 impl IoBus for NoBus {
     fn mmio_read(&self, _: u64, data: &mut [u8]) {

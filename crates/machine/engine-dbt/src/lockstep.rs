@@ -14,12 +14,12 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use strata_engine::{EngineError, Input, Inputs, IoBus, VcpuStats};
+use strata_engine::{EngineError, Input, Inputs, VcpuStats};
 use strata_memory::{Gpa, GuestMemory, WriteObserver};
 
 use crate::apic::ApicBus;
 use crate::cpu::{Cpu, flags};
-use crate::dispatch::Translated;
+use crate::dispatch::{NoBus, Translated};
 use crate::env::Env;
 use crate::kick::VcpuShared;
 use crate::translate::Options;
@@ -276,21 +276,6 @@ fn copy_memory(from: &GuestMemory) -> Result<GuestMemory, EngineError> {
     Ok(to)
 }
 
-/// The follower's devices: reads come from the recording, writes go nowhere.
-struct Silent;
-
-impl IoBus for Silent {
-    fn mmio_read(&self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _: u64, _: &[u8]) {}
-    fn port_in(&self, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn port_out(&self, _: u16, _: &[u8]) {}
-    fn end_of_interrupt(&self, _: u8) {}
-}
-
 fn follow(
     mut vcpu: Translated,
     receiver: &Receiver<Vec<Event>>,
@@ -304,7 +289,7 @@ fn follow(
                 Event::Input(input) => vcpu.push_input(input),
                 Event::Exit(expected) => {
                     while vcpu.cpu().retired < expected.steps {
-                        vcpu.follow_step(&Silent)
+                        vcpu.follow_step(&NoBus)
                             .map_err(|error| format!("{error}; last equal: {last:x?}"))?;
                     }
                     let found = Snapshot::of(vcpu.cpu(), vcpu.cpu().rip, vcpu.stores());
