@@ -88,11 +88,16 @@ impl Campaign {
         }
         let base = CODE + (batch % BATCHES) * BATCH as u64 * CASE_ROOM;
         // Every fourth batch is 32-bit code.
-        let bits = if batch % 4 == 3 { 32 } else { 64 };
+        let (bits, turn) = if batch % 4 == 3 {
+            (32, batch / 4)
+        } else {
+            (64, batch / 4 * 3 + batch % 4)
+        };
         (0..BATCH as u64)
             .map(|i| {
+                let turn = turn * BATCH as u64 + i;
                 self.generator
-                    .program(&mut rng, base + i * CASE_ROOM, bits, &self.template)
+                    .program(&mut rng, base + i * CASE_ROOM, bits, turn, &self.template)
             })
             .collect()
     }
@@ -217,7 +222,7 @@ impl Campaign {
 }
 
 /// What a case leaves to the processor. This list may only shrink.
-fn tolerance(program: &Program, end: &State, guest: &State) -> Tolerance {
+fn tolerance<'a>(program: &'a Program, end: &'a State, guest: &'a State) -> Tolerance {
     // MXCSR.MM exists on AMD's processors alone, and not in the model.
     let mut out = Tolerance {
         either: end.mxcsr() & 0x2_0000 != 0,
@@ -262,10 +267,16 @@ fn tolerance(program: &Program, end: &State, guest: &State) -> Tolerance {
         };
         out.bytes = [first, second].map(|(from, to)| (at.wrapping_add(from), at.wrapping_add(to)));
     }
-    // The side that faulted, natively if both did.
-    let faulted = if end.vector != DONE { end } else { guest };
-    let at_fault = |instr: &&Instruction| faulted.vector != DONE && instr.ip() == faulted.rip;
-    let Some(last) = program.instructions.iter().find(at_fault) else {
+    // The fault that came first: cases branch forward only.
+    let fault = |state: &'a State| {
+        let at = |instr: &&Instruction| state.vector != DONE && instr.ip() == state.rip;
+        program.instructions.iter().find(at).map(|i| (i, state))
+    };
+    let first = [fault(end), fault(guest)]
+        .into_iter()
+        .flatten()
+        .min_by_key(|(instr, _)| instr.ip());
+    let Some((last, faulted)) = first else {
         return out;
     };
     match last.mnemonic() {
@@ -316,7 +327,7 @@ fn tolerance(program: &Program, end: &State, guest: &State) -> Tolerance {
                 })
             });
             offset.is_some_and(|offset| {
-                (program.bits == 32 && offset > u64::from(u32::MAX) - size)
+                (program.bits == 32 && (last.is_vsib() || offset > u64::from(u32::MAX) - size))
                     || !canonical(offset)
                     || !canonical(offset.wrapping_add(size))
                     || offset.checked_add(size).is_none()

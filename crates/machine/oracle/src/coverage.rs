@@ -1,6 +1,6 @@
 //! What was exercised: instruction code (which includes operand sizes) × kind of operands; and what cannot be.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use iced_x86::{Code, Instruction, OpKind, Register};
 use strata_engine_dbt::table::FeatureSet;
@@ -95,42 +95,21 @@ impl Coverage {
 
     /// Codes and kinds that some case may have and too few had.
     pub fn missing(&self, generator: &Generator) -> Vec<(Code, Kind, u64)> {
-        let mut out = Vec::new();
-        for (code, memory, register) in generator.forms(64).chain(generator.forms(32)) {
-            let kinds: &[Kind] = match (memory, register) {
-                (true, true) => &[Kind::Register, Kind::Memory, Kind::Absolute, Kind::Segment],
-                (true, false) => &[Kind::Memory, Kind::Absolute, Kind::Segment],
-                _ => &[],
-            };
-            for &kind in kinds {
-                let count = self.count(code, kind);
-                // Vector indices always need a base register or none; RIP cannot be one.
-                let possible = kind != Kind::Absolute
-                    || !code.op_code().op_kinds().iter().any(|k| is_vsib(*k));
-                if count < ENOUGH && possible {
-                    out.push((code, kind, count));
-                }
-            }
-            if kinds.is_empty() {
-                let count = [Kind::Register, Kind::Memory, Kind::Absolute, Kind::Segment]
-                    .into_iter()
-                    .map(|kind| self.count(code, kind))
-                    .sum();
-                if count < ENOUGH {
-                    out.push((code, Kind::Register, count));
-                }
-            }
-        }
+        let all = [Kind::Register, Kind::Memory, Kind::Absolute, Kind::Segment];
+        let forms: HashSet<_> = generator.forms(64).chain(generator.forms(32)).collect();
+        let mut out: Vec<_> = forms
+            .into_iter()
+            .map(|(code, kind)| {
+                let kinds = kind.as_slice();
+                let kinds = if kinds.is_empty() { &all[..] } else { kinds };
+                let count = kinds.iter().map(|&kind| self.count(code, kind)).sum();
+                (code, kind.unwrap_or(Kind::Register), count)
+            })
+            .filter(|(_, _, count)| *count < ENOUGH)
+            .collect();
+        out.sort_by_key(|&(code, kind, _)| (code as usize, kind));
         out
     }
-}
-
-fn is_vsib(kind: iced_x86::OpCodeOperandKind) -> bool {
-    use iced_x86::OpCodeOperandKind as K;
-    matches!(
-        kind,
-        K::mem_vsib32x | K::mem_vsib32y | K::mem_vsib64x | K::mem_vsib64y
-    )
 }
 
 /// Codes of 64-bit mode that the model has and no case has, with the reason: what `coverage-gaps.txt` lists.

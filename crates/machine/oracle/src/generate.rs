@@ -7,8 +7,9 @@ use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemoni
 use strata_engine::x86::CpuModel;
 use strata_engine_dbt::table::{FeatureSet, is_hint};
 
+use crate::coverage::Kind;
 use crate::exclude;
-use crate::layout::{CASE_ROOM, CASE_SHIFT, DATA, PAGE, TAIL, Template};
+use crate::layout::{CASE_ROOM, CASE_SHIFT, CODE, DATA, PAGE, TAIL, Template};
 use crate::rng::Rng;
 use crate::state::State;
 
@@ -57,6 +58,8 @@ struct Shapes {
     all: Vec<Shape>,
     /// Indices of shapes without vector or x87 operands, so that those get their share.
     plain: Vec<usize>,
+    /// Every shape with every kind of operand that it can have, which cases begin with in turn.
+    forms: Vec<(usize, Option<Kind>)>,
 }
 
 impl Generator {
@@ -68,7 +71,12 @@ impl Generator {
                 .filter_map(|code| Shape::of(code, bits))
                 .collect();
             let plain = (0..all.len()).filter(|&i| !all[i].vector).collect();
-            (bits, Shapes { all, plain })
+            let forms = all
+                .iter()
+                .enumerate()
+                .flat_map(|(i, shape)| shape.kinds().into_iter().map(move |kind| (i, kind)))
+                .collect();
+            (bits, Shapes { all, plain, forms })
         });
         Generator { sizes, features }
     }
@@ -83,32 +91,37 @@ impl Generator {
         &self.features
     }
 
-    /// The codes that are generated, and whether with memory and with register operands.
-    pub fn forms(&self, bits: u32) -> impl Iterator<Item = (Code, bool, bool)> + '_ {
-        self.shapes(bits)
-            .all
+    /// The codes that are generated, with each kind of operand where that is for the generator to choose.
+    pub fn forms(&self, bits: u32) -> impl Iterator<Item = (Code, Option<Kind>)> + '_ {
+        let shapes = self.shapes(bits);
+        shapes
+            .forms
             .iter()
-            .map(|shape| (shape.code, shape.memory, shape.register))
+            .map(|&(i, kind)| (shapes.all[i].code, kind))
     }
 
-    /// Tries to make `code`, without running it.
-    pub fn makes(&self, rng: &mut Rng, code: Code, bits: u32) -> bool {
-        self.shapes(bits)
-            .all
-            .iter()
-            .filter(|shape| shape.code == code)
-            .any(|shape| {
-                (0..3000).any(|_| {
-                    let bytes = shape.bytes(rng);
-                    let instr = Decoder::with_ip(bits, &bytes, 0, DecoderOptions::NONE).decode();
-                    instr.code() == code
-                        && exclude::instruction(&instr, &bytes[..instr.len()]).is_none()
-                })
-            })
+    /// The forms that cannot be made, however often it is tried. Nothing is run.
+    pub fn never_made(&self, rng: &mut Rng, bits: u32) -> Vec<(Code, Option<Kind>)> {
+        let shapes = self.shapes(bits);
+        let mut never =
+            |form: &&_| (0..100).all(|_| self.formed(rng, CODE, bits, **form).is_none());
+        let never: Vec<_> = shapes.forms.iter().filter(&mut never).collect();
+        never
+            .into_iter()
+            .map(|&(i, kind)| (shapes.all[i].code, kind))
+            .collect()
     }
 
-    /// One case for the room at `room`, see [`crate::layout`].
-    pub fn program(&self, rng: &mut Rng, room: u64, bits: u32, template: &Template) -> Program {
+    /// One case for the room at `room`, see [`crate::layout`]. Its first instruction, which always runs, has the form
+    /// whose `turn` it is.
+    pub fn program(
+        &self,
+        rng: &mut Rng,
+        room: u64,
+        bits: u32,
+        turn: u64,
+        template: &Template,
+    ) -> Program {
         let count = if rng.chance(50) { 1 } else { 1 + rng.below(8) };
         // Now and then across a page end, else anywhere in the first half.
         let base = room + CASE_SHIFT;
@@ -126,9 +139,14 @@ impl Generator {
             init: State::ZERO,
         };
         let limit = (base + CASE_ROOM - start) as usize - TAIL;
+        let forms = &self.shapes(bits).forms;
+        let mut form = forms.get((turn % forms.len() as u64) as usize).copied();
         for _ in 0..count {
             let ip = program.end();
-            let Some((bytes, instr)) = self.instruction(rng, ip, bits) else {
+            let next = form
+                .take()
+                .and_then(|form| self.formed(rng, ip, bits, form));
+            let Some((bytes, instr)) = next.or_else(|| self.instruction(rng, ip, bits)) else {
                 continue;
             };
             if program.bytes.len() + bytes.len() > limit {
@@ -168,41 +186,64 @@ impl Generator {
         program
     }
 
-    /// One instruction at `ip` that may be run natively.
+    /// One instruction of this form at `ip` that may be run natively.
+    fn formed(
+        &self,
+        rng: &mut Rng,
+        ip: u64,
+        bits: u32,
+        (shape, kind): (usize, Option<Kind>),
+    ) -> Option<(Vec<u8>, Instruction)> {
+        let shape = &self.shapes(bits).all[shape];
+        (0..40).find_map(|_| {
+            let bytes = shape.bytes(rng, kind);
+            self.runnable(rng, ip, bits, bytes).filter(|(_, instr)| {
+                instr.code() == shape.code && kind.is_none_or(|kind| Kind::of(instr) == kind)
+            })
+        })
+    }
+
+    /// Any instruction at `ip` that may be run natively, now and then none that a CPU has.
     fn instruction(&self, rng: &mut Rng, ip: u64, bits: u32) -> Option<(Vec<u8>, Instruction)> {
         let shapes = self.shapes(bits);
-        for _ in 0..20 {
-            let mut bytes = if rng.chance(4) {
+        (0..20).find_map(|_| {
+            let bytes = if rng.chance(4) {
                 (0..15).map(|_| rng.byte()).collect()
+            } else if rng.chance(45) {
+                shapes.all[rng.pick(&shapes.plain)].bytes(rng, None)
             } else {
-                let shape = if rng.chance(45) {
-                    &shapes.all[rng.pick(&shapes.plain)]
-                } else {
-                    &shapes.all[rng.below(shapes.all.len() as u64) as usize]
-                };
-                shape.bytes(rng)
+                shapes.all[rng.below(shapes.all.len() as u64) as usize].bytes(rng, None)
             };
-            let mut decoder = Decoder::with_ip(bits, &bytes, ip, DecoderOptions::NONE);
-            let instr = decoder.decode();
-            if instr.is_invalid() {
-                if rng.chance(3) && exclude::invalid(&bytes).is_none() {
-                    return Some((bytes, instr));
-                }
-                continue;
-            }
-            let offsets = decoder.get_constant_offsets(&instr);
-            bytes.truncate(instr.len());
-            encode::tame(rng, bits, &mut bytes, &instr, &offsets);
             let instr = Decoder::with_ip(bits, &bytes, ip, DecoderOptions::NONE).decode();
-            if instr.is_invalid() || exclude::instruction(&instr, &bytes).is_some() {
-                continue;
+            if instr.is_invalid() {
+                return (rng.chance(3) && exclude::invalid(&bytes).is_none())
+                    .then_some((bytes, instr));
             }
-            if !self.features.allows(instr.code()) && !is_hint(instr.code()) {
-                continue;
-            }
-            return Some((bytes, instr));
+            self.runnable(rng, ip, bits, bytes)
+        })
+    }
+
+    /// The valid instruction that `bytes` begin with, its numbers made interesting, if it may be run natively.
+    fn runnable(
+        &self,
+        rng: &mut Rng,
+        ip: u64,
+        bits: u32,
+        mut bytes: Vec<u8>,
+    ) -> Option<(Vec<u8>, Instruction)> {
+        let mut decoder = Decoder::with_ip(bits, &bytes, ip, DecoderOptions::NONE);
+        let instr = decoder.decode();
+        if instr.is_invalid() {
+            return None;
         }
-        None
+        let offsets = decoder.get_constant_offsets(&instr);
+        bytes.truncate(instr.len());
+        encode::tame(rng, bits, &mut bytes, &instr, &offsets);
+        let instr = Decoder::with_ip(bits, &bytes, ip, DecoderOptions::NONE).decode();
+        (!instr.is_invalid()
+            && exclude::instruction(&instr, &bytes).is_none()
+            && (self.features.allows(instr.code()) || is_hint(instr.code())))
+        .then_some((bytes, instr))
     }
 
     /// Points direct branches forward to the start of a later instruction, or now and then to nowhere.

@@ -201,13 +201,10 @@ impl Exec<'_> {
         put(&mut image, MXCSR_AT, &self.cpu.mxcsr.to_le_bytes());
         put(&mut image, MXCSR_AT + 4, &MXCSR_MASK.to_le_bytes());
         put(&mut image, XMM_AT, &self.vector_halves(false));
-        // What lies beyond the registers is left as it was.
-        self.store(
-            linear,
-            image
-                .get(..XMM_AT + self.vector_count() * 16)
-                .unwrap_or(&image),
-        )?;
+        // What lies beyond the registers is left as it was, but must be there.
+        let area = self.area(linear, image.len(), Access::Write)?;
+        let end = XMM_AT + self.vector_count() * 16;
+        self.area_put(&area, 0, image.get(..end).unwrap_or(&image))?;
         Ok(Flow::Next)
     }
 

@@ -6,6 +6,7 @@ use iced_x86::{
 };
 
 use super::values::hot_address;
+use crate::coverage::Kind;
 use crate::rng::Rng;
 
 /// What is fixed in an instruction's encoding.
@@ -28,9 +29,11 @@ pub struct Shape {
     group: Option<u8>,
     rm_group: Option<u8>,
     /// It may have a memory operand in ModRM.
-    pub memory: bool,
+    memory: bool,
     /// It may have a register instead.
-    pub register: bool,
+    register: bool,
+    /// Its memory operand has vectors of indices.
+    gather: bool,
     vvvv: bool,
 }
 
@@ -165,16 +168,35 @@ impl Shape {
             rm_group,
             memory,
             register: register || !memory,
+            gather: kinds.iter().any(|k| {
+                matches!(
+                    k,
+                    K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y
+                )
+            }),
             vvvv: kinds
                 .iter()
                 .any(|k| matches!(k, K::r32_vvvv | K::r64_vvvv | K::xmm_vvvv | K::ymm_vvvv)),
         })
     }
 
-    /// Random bytes of this shape, with more behind them than any instruction needs.
-    pub fn bytes(&self, rng: &mut Rng) -> Vec<u8> {
+    /// The kinds of operands that ModRM can give it; `None` if its operands are fixed.
+    pub fn kinds(&self) -> Vec<Option<Kind>> {
+        if !self.memory {
+            return vec![None];
+        }
+        let mut kinds = vec![Some(Kind::Memory), Some(Kind::Segment)];
+        kinds.extend(self.register.then_some(Some(Kind::Register)));
+        // Vector indices need a SIB byte, and are registers.
+        kinds.extend((!self.gather).then_some(Some(Kind::Absolute)));
+        kinds
+    }
+
+    /// Random bytes of this shape, likely with operands of this kind, and with more behind them than any instruction
+    /// needs.
+    pub fn bytes(&self, rng: &mut Rng, kind: Option<Kind>) -> Vec<u8> {
         let mut out = Vec::with_capacity(32);
-        if rng.chance(8) {
+        if kind.map_or_else(|| rng.chance(8), |kind| kind == Kind::Segment) {
             out.push(rng.pick(&[0x64, 0x65]));
         }
         if rng.chance(6) {
@@ -242,16 +264,23 @@ impl Shape {
         }
         out.extend_from_slice(&self.opcode);
         if self.modrm {
-            let register = match (self.memory, self.register) {
-                (true, true) => rng.chance(40),
-                (_, register) => register,
+            let register = match (self.memory, self.register, kind) {
+                (true, true, None) => rng.chance(40),
+                (true, true, Some(kind)) => kind == Kind::Register,
+                (_, register, _) => register,
             };
+            let absolute = kind == Some(Kind::Absolute);
             let mut modrm = rng.byte() & 0x3f;
             modrm |= if register {
                 0xc0
+            } else if absolute {
+                0
             } else {
                 rng.pick(&[0, 0x40, 0x80])
             };
+            if absolute {
+                modrm = modrm & !7 | 5;
+            }
             if let Some(group) = self.group {
                 modrm = modrm & !0x38 | group << 3;
             }
