@@ -100,7 +100,7 @@ pub fn run(args: &InfoArgs) -> Result<(), Failure> {
 
 fn gather() -> Info {
     let translate = match engines::choose(EngineChoice::Translate) {
-        Ok(_) => (true, "this host's CPU is x86-64-v2 or better".to_owned()),
+        Ok(_) => (true, "this host's CPU has what it needs".to_owned()),
         Err(error) => (false, chain(&error)),
     };
     let host = host();

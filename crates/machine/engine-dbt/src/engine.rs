@@ -1,5 +1,6 @@
 //! The engine itself: what the vCPUs of one machine share.
 
+use std::arch::is_x86_feature_detected;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use strata_engine::x86::{CpuModel, X86};
@@ -35,6 +36,30 @@ pub struct TranslatorConfig {
     pub lockstep: u64,
 }
 
+/// Says whether this host's CPU has what emitted code uses.
+///
+/// # Errors
+/// If it has not, naming what it lacks.
+pub fn check_host() -> Result<(), EngineError> {
+    let lacks: Vec<_> = [
+        ("CMPXCHG16B", is_x86_feature_detected!("cmpxchg16b")),
+        ("POPCNT", is_x86_feature_detected!("popcnt")),
+        ("SSE4.2", is_x86_feature_detected!("sse4.2")),
+        ("AVX2", is_x86_feature_detected!("avx2")),
+        ("BMI2", is_x86_feature_detected!("bmi2")),
+    ]
+    .into_iter()
+    .filter_map(|(name, present)| (!present).then_some(name))
+    .collect();
+    if lacks.is_empty() {
+        return Ok(());
+    }
+    Err(EngineError::Unsupported {
+        engine: "translate",
+        reason: format!("its CPU has no {}", lacks.join(", no ")),
+    })
+}
+
 /// The software engine of one machine.
 pub struct Translator {
     memory: GuestMemory,
@@ -52,17 +77,7 @@ pub struct Translator {
 impl Translator {
     /// Prepares the engine. Fails on hosts whose CPU lacks what emitted code uses.
     pub fn new(config: TranslatorConfig) -> Result<Translator, EngineError> {
-        for (present, name) in [
-            (std::arch::is_x86_feature_detected!("bmi2"), "BMI2"),
-            (std::arch::is_x86_feature_detected!("avx2"), "AVX2"),
-        ] {
-            if !present {
-                return Err(EngineError::Unsupported {
-                    engine: "translate",
-                    reason: format!("its CPU has no {name}"),
-                });
-            }
-        }
+        check_host()?;
         let timers =
             Timers::start(Arc::clone(&config.clock)).map_err(|source| EngineError::Host {
                 what: "starting the timer thread",

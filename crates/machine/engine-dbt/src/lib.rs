@@ -45,4 +45,4 @@ pub mod table;
 mod tests;
 pub mod translate;
 
-pub use engine::{Translator, TranslatorConfig};
+pub use engine::{Translator, TranslatorConfig, check_host};

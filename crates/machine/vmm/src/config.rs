@@ -162,7 +162,7 @@ pub enum EngineChoice {
     /// The best one that this host offers.
     #[default]
     Auto,
-    /// Binary translation: any x86-64-v2 host.
+    /// Binary translation: any host whose CPU has AVX2 and BMI2.
     Translate,
     /// Hardware assist: hosts with a `/dev/kvm`.
     Kvm,

@@ -80,40 +80,19 @@ pub fn choose_by(kvm: &KvmVerdict) -> Result<ChosenEngine, EngineError> {
 }
 
 fn translate(reason: &str) -> Result<ChosenEngine, EngineError> {
-    let missing = missing_of_v2();
-    if !missing.is_empty() {
-        return Err(EngineError::Unsupported {
-            engine: "translate",
-            reason: format!(
-                "its CPU is below x86-64-v2 (it lacks {})",
-                missing.join(", ")
-            ),
-        });
-    }
+    strata_engine_dbt::check_host()?;
     Ok(ChosenEngine {
         name: "translate",
         reason: reason.to_owned(),
     })
 }
 
-/// What this host's CPU lacks of x86-64-v2, which translated code relies on.
-fn missing_of_v2() -> Vec<&'static str> {
-    [
-        ("cmpxchg16b", is_x86_feature_detected!("cmpxchg16b")),
-        ("popcnt", is_x86_feature_detected!("popcnt")),
-        ("sse3", is_x86_feature_detected!("sse3")),
-        ("ssse3", is_x86_feature_detected!("ssse3")),
-        ("sse4.1", is_x86_feature_detected!("sse4.1")),
-        ("sse4.2", is_x86_feature_detected!("sse4.2")),
-    ]
-    .into_iter()
-    .filter(|(_, there)| !there)
-    .map(|(name, _)| name)
-    .collect()
-}
-
 /// This host's x86-64 level, as compilers name it.
 pub fn host_level() -> &'static str {
+    let v2 = is_x86_feature_detected!("cmpxchg16b")
+        && is_x86_feature_detected!("popcnt")
+        && is_x86_feature_detected!("ssse3")
+        && is_x86_feature_detected!("sse4.2");
     let v3 = is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("bmi1")
         && is_x86_feature_detected!("bmi2")
@@ -126,7 +105,7 @@ pub fn host_level() -> &'static str {
         && is_x86_feature_detected!("avx512cd")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl");
-    match (missing_of_v2().is_empty(), v3, v4) {
+    match (v2, v3, v4) {
         (false, ..) => "x86-64",
         (true, false, _) => "x86-64-v2",
         (true, true, false) => "x86-64-v3",
