@@ -514,6 +514,9 @@ fn interpreted(instr: &Instruction) -> bool {
             | M::Lgs
             | M::Lss
             | M::Bound
+            // Some CPUs take bits of MXCSR that others refuse.
+            | M::Ldmxcsr
+            | M::Vldmxcsr
             | M::Enter
             | M::Pusha
             | M::Pushad

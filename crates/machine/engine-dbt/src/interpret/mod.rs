@@ -206,6 +206,7 @@ impl Exec<'_> {
             M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => self.mask_bytes(instr),
             M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => self.mask_lanes(instr),
             M::Vzeroall | M::Vzeroupper => self.zero_vectors(instr),
+            M::Ldmxcsr | M::Vldmxcsr => self.load_mxcsr(instr),
             _ if instr.is_vsib() => self.gather(instr),
             _ => Err(Fault::UNDEFINED),
         }

@@ -222,6 +222,19 @@ impl Exec<'_> {
         Ok(Flow::Next)
     }
 
+    /// LDMXCSR. Bits that the model lacks are refused, whatever the host's CPU has.
+    pub(super) fn load_mxcsr(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
+        let linear = self.address(instr, 0, 4, Access::Read)?;
+        let mut bytes = [0; 4];
+        self.load(linear, &mut bytes)?;
+        let mxcsr = u32::from_le_bytes(bytes);
+        if mxcsr & !MXCSR_MASK != 0 {
+            return Err(Fault::protection(0));
+        }
+        self.cpu.mxcsr = mxcsr;
+        Ok(Flow::Next)
+    }
+
     /// The checks of the XSAVE family. Returns the address and the components asked for.
     fn xsave_address(&mut self, instr: &Instruction, access: Access) -> Result<(u64, u64), Fault> {
         if self.cpu.cr4 & control::CR4_OSXSAVE == 0 {

@@ -477,6 +477,19 @@ fn user_code_may_ask_for_alignment_checks() {
     );
 }
 
+#[test]
+fn control_bits_of_other_vendors_are_refused() {
+    // MXCSR.MM, which AMD's processors have.
+    let program = code(64, |a| a.ldmxcsr(dword_ptr(0x4_0000)));
+    let value =
+        |mxcsr| move |m: &mut TestMachine| m.memory.write_u32(Gpa(0x4_0000), mxcsr).unwrap();
+    let protection = (Fault::protection(0), CODE);
+    assert_eq!(fault(&program, value(0x2_1f80)), protection);
+    run(&program, value(0x3f80), |m| {
+        assert_eq!(m.vcpu.cpu().mxcsr, 0x3f80)
+    });
+}
+
 /// The smallest system of two tasks: 0x18 is the first one's TSS, 0x20 the second one's, 0x28 a task gate to it.
 fn two_tasks(m: &mut TestMachine, second: u32) {
     protected_mode(m.vcpu.cpu_mut());
