@@ -10,6 +10,7 @@ use strata_engine::{
     EngineError, Exit, ExitCause, Input, InputLog, Inputs, IoBus, Kicker, Vcpu, VcpuStats,
 };
 use strata_memory::Gpa;
+use strata_verify::Inspect;
 
 use crate::code::{BranchSite, CodeMap, Key, Next as After};
 use crate::cpu::{BOUNCE_SIZE, Context, Cpu, flags, request};
@@ -25,6 +26,7 @@ use crate::translate::{Fetch, Mode, Options, translate};
 
 mod blocks;
 mod follow;
+mod inspect;
 mod running;
 
 use running::{Running, block_exit, commit, slow, stored};
@@ -52,6 +54,8 @@ pub struct Translated {
     /// Exceptions end the run instead of being delivered.
     stop_on_exception: bool,
     stopped: Option<Fault>,
+    /// Looks at every block before it runs.
+    inspector: Option<Arc<dyn Inspect>>,
 }
 
 // SAFETY: the raw pointers inside (code mappings, the context's `env` while running) belong to this value; nothing
@@ -99,6 +103,7 @@ impl Translated {
             generation: 0,
             stop_on_exception: false,
             stopped: None,
+            inspector: None,
         })
     }
 

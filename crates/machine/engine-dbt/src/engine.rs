@@ -1,7 +1,7 @@
 //! The engine itself: what the vCPUs of one machine share.
 
 use std::arch::is_x86_feature_detected;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use strata_engine::x86::{CpuModel, X86};
 use strata_engine::{
@@ -9,6 +9,7 @@ use strata_engine::{
     VcpuId, VcpuStats,
 };
 use strata_memory::GuestMemory;
+use strata_verify::Inspect;
 
 use crate::apic::{Apic, ApicBus};
 use crate::cpu::request;
@@ -72,6 +73,7 @@ pub struct Translator {
     apics: Mutex<Vec<Option<Arc<Apic>>>>,
     watcher: Arc<CodeWatcher>,
     timers: Timers,
+    inspector: OnceLock<Arc<dyn Inspect>>,
 }
 
 impl Translator {
@@ -102,7 +104,14 @@ impl Translator {
             apics: Mutex::new(apics),
             watcher,
             timers,
+            inspector: OnceLock::new(),
         })
+    }
+
+    /// Shows every block of vCPUs created from here on to `inspector` before it runs; what that refuses ends the run.
+    pub fn inspect(&self, inspector: Arc<dyn Inspect>) {
+        // The first one stays.
+        let _ = self.inspector.set(inspector);
     }
 
     /// Creates a vCPU whose inputs are recorded or replayed.
@@ -146,7 +155,9 @@ impl Translator {
             doorbells: Arc::clone(&self.doorbells),
             divergence: None,
         };
-        Translated::new(env, self.options, shared)
+        let mut vcpu = Translated::new(env, self.options, shared)?;
+        vcpu.set_inspector(self.inspector.get().cloned());
+        Ok(vcpu)
     }
 }
 

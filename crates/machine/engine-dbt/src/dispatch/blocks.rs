@@ -135,6 +135,7 @@ impl Translated {
             &self.env.memory,
             &mut self.cpu,
         )?;
+        self.inspect_block(id, &done)?;
         let stats = &mut self.env.stats;
         stats.blocks_translated += 1;
         stats.instructions_translated += u64::from(done.instructions);
@@ -209,6 +210,7 @@ impl Translated {
                     && !self.code.is_dead_link(number)
                 {
                     self.code.connect(number, id);
+                    self.inspect_link(&link, id)?;
                 }
                 Ok(None)
             }

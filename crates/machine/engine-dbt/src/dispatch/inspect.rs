@@ -1,0 +1,109 @@
+//! What an inspector of translated code is told: the layout of the context, and each block before it runs.
+
+use strata_verify::{Emitted, Field, JumpArrays, Layout, Site, TlbArrays};
+
+use super::*;
+use crate::code::Link;
+use crate::cpu::{JUMP_ENTRIES, Privilege, off};
+use crate::translate::Translated as Block;
+
+/// Where things are, for code in `code`.
+fn layout(code: &CodeMap, stubs: &Stubs) -> Layout {
+    let word = |offset, writable| Field {
+        offset,
+        size: 8,
+        writable,
+    };
+    let mut fields = vec![
+        word(off::INTERRUPTS_ON, true),
+        word(off::SYSTEM_FLAGS, false),
+        // The request word and the deferred word behind it.
+        word(off::REQUEST, false),
+        word(off::RETIRED, true),
+    ];
+    fields.extend((0..16).map(|n| word(off::gpr(n), true)));
+    fields.extend((0..8).map(|n| word(off::temp(n), true)));
+    fields.extend((0..6).map(|n| word(off::seg_base(n), false)));
+    let privileges = [Privilege::Supervisor as usize, Privilege::User as usize];
+    Layout {
+        fields,
+        tlb_mask: off::TLB_MASK,
+        page_mask: off::PAGE_MASK,
+        jump_mask: off::JUMP_MASK,
+        jump_entries: JUMP_ENTRIES as u64,
+        tlb: privileges.map(|privilege| TlbArrays {
+            read: off::tlb_read(privilege),
+            write: off::tlb_write(privilege),
+            delta: off::tlb_delta(privilege),
+        }),
+        jump: privileges.map(|privilege| JumpArrays {
+            tag: off::jump_tag(privilege),
+            target: off::jump_target(privilege),
+        }),
+        stubs: strata_verify::Stubs {
+            lookup: stubs.lookup,
+            link: stubs.link,
+            interpret: stubs.interpret,
+            request: stubs.request,
+            slow: stubs.slow,
+            commit: stubs.commit,
+            stored: stubs.stored,
+            block_exit: stubs.block_exit,
+        },
+        cache: code.range(),
+    }
+}
+
+impl Translated {
+    /// Shows blocks to `inspector` from here on.
+    pub(crate) fn set_inspector(&mut self, inspector: Option<Arc<dyn Inspect>>) {
+        self.inspector = inspector;
+    }
+
+    /// Shows block `id`, which was just made and inserted, to the inspector.
+    pub(super) fn inspect_block(&self, id: u32, made: &Block) -> Result<(), EngineError> {
+        let (Some(inspector), Some(block)) = (&self.inspector, self.code.block(id)) else {
+            return Ok(());
+        };
+        let links: Vec<_> = made
+            .links
+            .iter()
+            .map(|link| (link.patch, link.cold))
+            .collect();
+        let emitted = Emitted {
+            address: self.code.address(block.entry),
+            code: &made.code,
+            privilege: usize::from(Mode(block.key.mode).user()),
+            links: &links,
+            site: &|number| {
+                let site = self.code.mem_site(number)?;
+                Some(Site {
+                    size: site.size.into(),
+                    write: site.access != OperandAccess::Read,
+                })
+            },
+        };
+        inspector
+            .block(&layout(&self.code, &self.stubs), &emitted)
+            .map_err(|why| {
+                EngineError::Internal(format!(
+                    "the block of guest RIP {:#x} must not run: {why}",
+                    block.key.rip
+                ))
+            })
+    }
+
+    /// Tells the inspector that `link` goes to block `id` now.
+    pub(super) fn inspect_link(&self, link: &Link, id: u32) -> Result<(), EngineError> {
+        let (Some(inspector), Some(block)) = (&self.inspector, self.code.block(id)) else {
+            return Ok(());
+        };
+        let (at, target) = (
+            self.code.address(link.patch),
+            self.code.address(block.entry),
+        );
+        inspector
+            .connected(&layout(&self.code, &self.stubs), at, target)
+            .map_err(|why| EngineError::Internal(format!("a jump must not be connected: {why}")))
+    }
+}
