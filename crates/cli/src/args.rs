@@ -61,8 +61,8 @@ pub struct RunArgs {
     /// With --kernel, the whole kernel command line; with an image, added to the image's own
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub append: Option<String>,
-    /// Add a disk; `,ro` write-protects it. May be given several times
-    #[arg(long = "disk", value_name = "FILE[,ro][,format=raw]")]
+    /// Add a disk; `,ro` write-protects it, `,backing=FILE` allows an image to be built on that file. May be given several times
+    #[arg(long = "disk", value_name = "FILE[,ro][,format=raw|qcow2]")]
     pub disks: Vec<DiskConfig>,
     /// Number of CPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -354,7 +354,7 @@ mod tests {
         );
         refused(
             "run tiny --disk a,format=vmdk",
-            "invalid value 'a,format=vmdk' for '--disk <FILE[,ro][,format=raw]>': disk format 'vmdk' is not known (known: raw); see --help",
+            "invalid value 'a,format=vmdk' for '--disk <FILE[,ro][,format=raw|qcow2]>': disk format 'vmdk' is not known (known: raw, qcow2); see --help",
         );
         refused(
             "run tiny --engine tcg",

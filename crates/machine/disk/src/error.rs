@@ -48,8 +48,80 @@ pub enum DiskError {
         size: u64,
     },
     /// The name of a format is not one of ours.
-    #[error("unknown disk format '{0}' (known: raw)")]
+    #[error("unknown disk format '{0}' (known: raw, qcow2)")]
     UnknownFormat(String),
+    /// No format was stated, and the file could be of more than one.
+    #[error(
+        "disk {} begins like a qcow2 image: say format=qcow2, or format=raw if these bytes are the disk's own",
+        path.display()
+    )]
+    FormatNotStated {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file is not of the format that was stated.
+    #[error("disk {} is not a {format} image", path.display())]
+    NotOfFormat {
+        /// The file.
+        path: PathBuf,
+        /// The format's name.
+        format: &'static str,
+    },
+    /// The image needs something that we do not have.
+    #[error("disk {} needs {what}, which is not supported", path.display())]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// What it needs.
+        what: String,
+    },
+    /// The image contradicts itself or its file.
+    #[error("disk {} is damaged: {reason}", path.display())]
+    DamagedImage {
+        /// The file.
+        path: PathBuf,
+        /// How.
+        reason: String,
+    },
+    /// The image can be read, but must not be written as it is.
+    #[error(
+        "disk {} cannot be written: {reason}; repair it by `qemu-img check -r all`, or open it with `,ro`",
+        path.display()
+    )]
+    NeedsRepair {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: &'static str,
+    },
+    /// An image names another file that it is built on, and the user did not.
+    #[error(
+        "disk {} is built on the file {}, which is not opened unless it is allowed by `backing={}`",
+        path.display(), backing.display(), backing.display()
+    )]
+    BackingNotAllowed {
+        /// The image.
+        path: PathBuf,
+        /// What it names.
+        backing: PathBuf,
+    },
+    /// An image is built on another file and does not say how that is laid out.
+    #[error(
+        "disk {} does not say in which format its backing file is (set it by `qemu-img rebase -u -F FORMAT -b FILE`)",
+        path.display()
+    )]
+    BackingFormat {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The user allowed a file that no image is built on.
+    #[error("disk {} is not built on {}", path.display(), backing.display())]
+    BackingNotUsed {
+        /// The image.
+        path: PathBuf,
+        /// The file allowed.
+        backing: PathBuf,
+    },
     /// The temporary file of an overlay cannot be made.
     #[error("cannot create a temporary disk file in {}", dir.display())]
     Temporary {
@@ -72,6 +144,15 @@ pub enum DiskError {
     /// A change was asked of a disk that is open for reading only.
     #[error("the disk is read-only")]
     ReadOnly,
+    /// The image contradicts itself where it is used.
+    #[error("the disk's image is damaged: {reason}")]
+    Damaged {
+        /// How.
+        reason: String,
+    },
+    /// An earlier change could not be carried out, and what the file holds is not known.
+    #[error("the disk takes no more changes because of an earlier error")]
+    Broken,
     /// The host could not do it.
     #[error("cannot {operation} {len} bytes at offset {offset} of the disk")]
     Io {

@@ -6,6 +6,7 @@
 //! - [`DiskBackend`] is the contract between devices and storage.
 //! - [`RawFile`] is an image file or block device whose bytes are the disk's bytes. It is locked
 //!   while it is open, so that two machines cannot write one disk.
+//! - [`Qcow2`] is an image in QEMU's format, which grows with its content.
 //! - [`Overlay`] puts a temporary, sparse, unnamed file above a backend that is never written, so
 //!   that a run leaves its image as it found it.
 //!
@@ -33,11 +34,14 @@
 mod backend;
 mod error;
 mod format;
+mod lock;
 mod overlay;
+mod qcow2;
 mod raw;
 
 pub use backend::{DiskBackend, SECTOR_SIZE};
 pub use error::DiskError;
-pub use format::{DiskFormat, open};
+pub use format::{DiskFormat, Source, open};
 pub use overlay::Overlay;
+pub use qcow2::Qcow2;
 pub use raw::{Access, RawFile};

@@ -1,6 +1,6 @@
 //! Raw images: a regular file or a block device whose bytes are the disk's bytes.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use crate::backend::{DiskBackend, SECTOR_SIZE, check_range, len_of};
 use crate::error::DiskError;
+use crate::lock::lock;
 
 /// Zeroes are written in pieces of this many bytes where the host has no call for it.
 const ZERO_PIECE_BYTES: usize = 64 << 10;
@@ -25,7 +26,7 @@ pub enum Access {
 
 /// A raw disk on a file or block device of the host.
 ///
-/// While it is open it holds an advisory lock (`flock`): shared for reading, exclusive for writing.
+/// While it is open it holds an advisory lock, which QEMU's tools respect too: shared for reading, exclusive for writing.
 /// A file that shrinks behind our back gives [`DiskError::Io`] for the bytes that are gone.
 #[derive(Debug)]
 pub struct RawFile {
@@ -34,9 +35,19 @@ pub struct RawFile {
     access: Access,
 }
 
-impl RawFile {
-    /// Opens the disk at `path` and locks it. Never changes the file, whatever it holds.
-    pub fn open(path: &Path, access: Access) -> Result<RawFile, DiskError> {
+/// An image file or block device of the host, open and locked.
+#[derive(Debug)]
+pub(crate) struct OpenFile {
+    pub(crate) file: File,
+    /// Its size in bytes.
+    pub(crate) len: u64,
+    /// Whether it is a regular file, not a block device.
+    pub(crate) regular: bool,
+}
+
+impl OpenFile {
+    /// Opens what is at `path` and locks it. Never changes it.
+    pub(crate) fn open(path: &Path, access: Access) -> Result<OpenFile, DiskError> {
         let open_error = |source| DiskError::Open {
             path: path.to_owned(),
             source,
@@ -54,21 +65,37 @@ impl RawFile {
                 path: path.to_owned(),
             });
         }
-        let locked = match access {
-            Access::ReadOnly => file.try_lock_shared(),
-            Access::ReadWrite => file.try_lock(),
-        };
-        match locked {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(DiskError::Locked {
-                    path: path.to_owned(),
-                });
-            }
-            Err(TryLockError::Error(source)) => return Err(open_error(source)),
+        if !lock(&file, access).map_err(open_error)? {
+            return Err(DiskError::Locked {
+                path: path.to_owned(),
+            });
         }
         // The end is sought because the metadata of a block device gives no size.
-        let size = file.seek(SeekFrom::End(0)).map_err(open_error)?;
+        let len = file.seek(SeekFrom::End(0)).map_err(open_error)?;
+        Ok(OpenFile {
+            file,
+            len,
+            regular: file_type.is_file(),
+        })
+    }
+
+    /// Whether it begins with these bytes.
+    pub(crate) fn starts_with(&self, magic: &[u8; 4]) -> bool {
+        let mut start = [0; 4];
+        self.file.read_exact_at(&mut start, 0).is_ok() && start == *magic
+    }
+}
+
+impl RawFile {
+    /// Opens the disk at `path` and locks it. Never changes the file, whatever it holds.
+    pub fn open(path: &Path, access: Access) -> Result<RawFile, DiskError> {
+        RawFile::new(OpenFile::open(path, access)?, path, access)
+    }
+
+    pub(crate) fn new(open: OpenFile, path: &Path, access: Access) -> Result<RawFile, DiskError> {
+        let OpenFile {
+            file, len: size, ..
+        } = open;
         if size == 0 {
             return Err(DiskError::Empty {
                 path: path.to_owned(),

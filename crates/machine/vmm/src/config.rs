@@ -199,12 +199,15 @@ pub struct BootFiles {
 pub struct DiskConfig {
     /// The file or block device.
     pub path: PathBuf,
-    /// How its bytes are laid out. Never guessed.
-    #[serde(default)]
-    pub format: DiskFormat,
+    /// How its bytes are laid out. Never guessed: raw if not given, and refused if the file could be something else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DiskFormat>,
     /// What becomes of the guest's writes.
     #[serde(default)]
     pub access: DiskAccess,
+    /// The files that an image may be built on, from the uppermost down. An image that names another one is refused.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backing: Vec<PathBuf>,
 }
 
 /// How the bytes of a disk are laid out in its file.
@@ -215,6 +218,17 @@ pub enum DiskFormat {
     /// The bytes of the file are the bytes of the disk.
     #[default]
     Raw,
+    /// QEMU's format, which grows with its content.
+    Qcow2,
+}
+
+impl fmt::Display for DiskFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        })
+    }
 }
 
 /// What becomes of a guest's writes to a disk.
@@ -293,13 +307,13 @@ pub enum OnReboot {
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum DiskSpecError {
     /// No path.
-    #[error("a disk needs a file: write FILE[,ro][,format=raw]")]
+    #[error("a disk needs a file: write FILE[,ro][,format=raw|qcow2]")]
     NoPath,
-    /// Neither `ro` nor `format=`.
-    #[error("disk option '{0}' is not known (known: ro, format=raw)")]
+    /// Neither `ro` nor `format=` nor `backing=`.
+    #[error("disk option '{0}' is not known (known: ro, format=raw|qcow2, backing=FILE)")]
     UnknownOption(String),
     /// A format we do not have.
-    #[error("disk format '{0}' is not known (known: raw)")]
+    #[error("disk format '{0}' is not known (known: raw, qcow2)")]
     UnknownFormat(String),
     /// The same option twice.
     #[error("disk option '{0}' is given twice")]
@@ -309,63 +323,74 @@ pub enum DiskSpecError {
 impl FromStr for DiskConfig {
     type Err = DiskSpecError;
 
-    /// `FILE[,ro][,format=raw]`. A comma in a file's name is written twice.
+    /// `FILE[,ro][,format=raw|qcow2][,backing=FILE]…`. A comma in a file's name is written twice.
     fn from_str(text: &str) -> Result<Self, DiskSpecError> {
-        let (path, options) = split_path(text);
-        if path.is_empty() {
-            return Err(DiskSpecError::NoPath);
-        }
-        let (mut access, mut format) = (None, None);
-        for option in options.into_iter().flat_map(|options| options.split(',')) {
-            let twice = match option.split_once('=') {
-                None if option == "ro" => access
-                    .replace(DiskAccess::ReadOnly)
-                    .map(|_| DiskSpecError::Twice("ro")),
-                Some(("format", "raw")) => format
-                    .replace(DiskFormat::Raw)
-                    .map(|_| DiskSpecError::Twice("format")),
-                Some(("format", other)) => {
-                    return Err(DiskSpecError::UnknownFormat(other.to_owned()));
+        let mut words = split(text).into_iter();
+        let path = words.next().filter(|path| !path.is_empty());
+        let mut disk = Self {
+            path: path.ok_or(DiskSpecError::NoPath)?.into(),
+            format: None,
+            access: DiskAccess::default(),
+            backing: Vec::new(),
+        };
+        for option in words {
+            let once = match option.split_once('=') {
+                None if option == "ro" => {
+                    let before = std::mem::replace(&mut disk.access, DiskAccess::ReadOnly);
+                    (before == DiskAccess::ReadOnly).then_some("ro")
                 }
-                _ => return Err(DiskSpecError::UnknownOption(option.to_owned())),
+                Some(("format", name)) => {
+                    let format = match name {
+                        "raw" => DiskFormat::Raw,
+                        "qcow2" => DiskFormat::Qcow2,
+                        other => return Err(DiskSpecError::UnknownFormat(other.to_owned())),
+                    };
+                    disk.format.replace(format).map(|_| "format")
+                }
+                Some(("backing", path)) if !path.is_empty() => {
+                    disk.backing.push(path.into());
+                    None
+                }
+                _ => return Err(DiskSpecError::UnknownOption(option)),
             };
-            if let Some(error) = twice {
-                return Err(error);
+            if let Some(option) = once {
+                return Err(DiskSpecError::Twice(option));
             }
         }
-        Ok(Self {
-            path: path.into(),
-            format: format.unwrap_or_default(),
-            access: access.unwrap_or_default(),
-        })
+        Ok(disk)
     }
 }
 
 impl fmt::Display for DiskConfig {
     /// As [`DiskConfig::from_str`] reads it; a temporary disk, which has no such form, looks like a writable one.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let path = self.path.to_string_lossy().replace(',', ",,");
-        let ro = match self.access {
-            DiskAccess::ReadOnly => ",ro",
-            DiskAccess::ReadWrite | DiskAccess::Temporary => "",
-        };
-        match self.format {
-            DiskFormat::Raw => write!(f, "{path}{ro},format=raw"),
+        let escaped = |path: &PathBuf| path.to_string_lossy().replace(',', ",,");
+        f.write_str(&escaped(&self.path))?;
+        if self.access == DiskAccess::ReadOnly {
+            f.write_str(",ro")?;
         }
+        if let Some(format) = self.format {
+            write!(f, ",format={format}")?;
+        }
+        for path in &self.backing {
+            write!(f, ",backing={}", escaped(path))?;
+        }
+        Ok(())
     }
 }
 
-/// The path, its doubled commas made single, and the options behind the first single comma.
-fn split_path(text: &str) -> (String, Option<&str>) {
-    let mut path = String::new();
-    let mut chars = text.char_indices().peekable();
-    while let Some((at, c)) = chars.next() {
-        if c == ',' && chars.next_if(|(_, next)| *next == ',').is_none() {
-            return (path, text.get(at + 1..));
+/// The words between single commas; doubled commas are made single.
+fn split(text: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c == ',' && chars.next_if_eq(&',').is_none() {
+            words.push(String::new());
+        } else if let Some(word) = words.last_mut() {
+            word.push(c);
         }
-        path.push(c);
     }
-    (path, None)
+    words
 }
 
 #[cfg(test)]
@@ -376,8 +401,9 @@ mod tests {
     fn disk(path: &str, access: DiskAccess) -> DiskConfig {
         DiskConfig {
             path: path.into(),
-            format: DiskFormat::Raw,
+            format: None,
             access,
+            backing: Vec::new(),
         }
     }
 
@@ -388,10 +414,15 @@ mod tests {
         };
         check("a.img", "a.img", DiskAccess::ReadWrite);
         check("/x/a.img,ro", "/x/a.img", DiskAccess::ReadOnly);
-        check("a,format=raw", "a", DiskAccess::ReadWrite);
-        check("a,format=raw,ro", "a", DiskAccess::ReadOnly);
         check("a,,b,ro", "a,b", DiskAccess::ReadOnly);
         check("a=b", "a=b", DiskAccess::ReadWrite);
+        let with_options = DiskConfig {
+            format: Some(DiskFormat::Qcow2),
+            backing: vec!["b".into(), "c,d".into()],
+            ..disk("a", DiskAccess::ReadOnly)
+        };
+        let text = "a,format=qcow2,backing=b,ro,backing=c,,d";
+        assert_eq!(text.parse(), Ok(with_options));
     }
 
     #[test]
@@ -403,25 +434,35 @@ mod tests {
                 "{text}"
             );
         };
-        check("", "a disk needs a file: write FILE[,ro][,format=raw]");
-        check(",ro", "a disk needs a file: write FILE[,ro][,format=raw]");
+        let no_file = "a disk needs a file: write FILE[,ro][,format=raw|qcow2]";
+        check("", no_file);
+        check(",ro", no_file);
+        let known = "is not known (known: ro, format=raw|qcow2, backing=FILE)";
+        check("a,rw", &format!("disk option 'rw' {known}"));
+        check("a,", &format!("disk option '' {known}"));
+        check("a,backing=", &format!("disk option 'backing=' {known}"));
         check(
-            "a,rw",
-            "disk option 'rw' is not known (known: ro, format=raw)",
+            "a,format=vmdk",
+            "disk format 'vmdk' is not known (known: raw, qcow2)",
         );
-        check("a,", "disk option '' is not known (known: ro, format=raw)");
         check(
-            "a,format=qcow2",
-            "disk format 'qcow2' is not known (known: raw)",
+            "a,format=raw,format=qcow2",
+            "disk option 'format' is given twice",
         );
         check("a,ro,ro", "disk option 'ro' is given twice");
     }
 
     proptest! {
         #[test]
-        fn disks_survive_printing(path in "\\PC{1,20}", ro: bool) {
+        fn disks_survive_printing(
+            path in "\\PC{1,20}",
+            ro: bool,
+            format in prop::option::of(prop_oneof![Just(DiskFormat::Raw), Just(DiskFormat::Qcow2)]),
+            backing in prop::collection::vec("\\PC{1,20}", 0..3),
+        ) {
             let access = if ro { DiskAccess::ReadOnly } else { DiskAccess::ReadWrite };
-            let disk = disk(&path, access);
+            let backing = backing.into_iter().map(PathBuf::from).collect();
+            let disk = DiskConfig { format, backing, ..disk(&path, access) };
             prop_assert_eq!(disk.to_string().parse(), Ok(disk));
         }
 
@@ -458,7 +499,10 @@ mod tests {
         expected.memory = ByteSize::mebibytes(1024);
         expected.memory_max = Some(ByteSize::mebibytes(2048));
         expected.disks = vec![
-            disk("/d", DiskAccess::Temporary),
+            DiskConfig {
+                format: Some(DiskFormat::Raw),
+                ..disk("/d", DiskAccess::Temporary)
+            },
             disk("/e", DiskAccess::ReadWrite),
         ];
         expected.console = ConsoleKind::Virtio;

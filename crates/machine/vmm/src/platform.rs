@@ -131,10 +131,16 @@ fn open_disk(disk: &DiskConfig) -> Result<Arc<dyn DiskBackend>, BuildError> {
         DiskAccess::ReadWrite => Access::ReadWrite,
         DiskAccess::ReadOnly | DiskAccess::Temporary => Access::ReadOnly,
     };
-    let format = match disk.format {
+    let format = disk.format.map(|format| match format {
         DiskFormat::Raw => strata_disk::DiskFormat::Raw,
-    };
-    let backend = strata_disk::open(&disk.path, format, access)?;
+        DiskFormat::Qcow2 => strata_disk::DiskFormat::Qcow2,
+    });
+    let backend = strata_disk::open(&strata_disk::Source {
+        path: &disk.path,
+        format,
+        access,
+        backing: &disk.backing,
+    })?;
     Ok(match disk.access {
         DiskAccess::ReadWrite | DiskAccess::ReadOnly => backend,
         DiskAccess::Temporary => Arc::new(Overlay::new(backend, &std::env::temp_dir())?),
