@@ -43,11 +43,14 @@ pub const IMAGE_TOOLS: &[Tool] = &[
     ),
 ];
 
-/// With what the tests become an unprivileged user, hide `/dev/kvm` and have a terminal.
+/// With what the tests become an unprivileged user, hide `/dev/kvm`, have a terminal, and make and check disk images.
 pub const TEST_TOOLS: &[Tool] = &[
     Tool::new("unshare", "util-linux"),
     Tool::new("setpriv", "util-linux"),
     Tool::new("script", "bsdutils"),
+    Tool::new("qemu-img", "qemu-utils"),
+    Tool::new("mke2fs", "e2fsprogs"),
+    Tool::new("sfdisk", "fdisk"),
 ];
 
 /// The peer that the benchmark compares with.
