@@ -94,6 +94,15 @@ pub struct RunArgs {
     /// Put the socket between host and guest here; a guest connecting to port P reaches PATH_P
     #[arg(long, value_name = "PATH")]
     pub vsock: Option<PathBuf>,
+    /// Run only if this host grants every layer of the machine's jail; `strata info` names them
+    #[arg(long, conflicts_with = "no_jail")]
+    pub require_jail: bool,
+    /// Run the machine's process without its jail, to look into it with other tools.
+    #[arg(long, hide = true)]
+    pub no_jail: bool,
+    /// Try to get out of the jail in place of running; print what came of it, a line of JSON for each attempt.
+    #[arg(long, hide = true, value_enum, value_name = "HOW")]
+    pub jail_probe: Option<crate::process::Probe>,
     /// Print how long each phase took, as a line of JSON on standard error
     #[arg(long, hide = true)]
     pub timings: bool,

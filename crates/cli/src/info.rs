@@ -2,12 +2,14 @@
 
 use serde::Serialize;
 use strata_engine::x86::CpuModel;
+use strata_sandbox::Layer;
 use strata_vmm::config::EngineChoice;
 use strata_vmm::{RunDir, engines};
 
 use crate::args::InfoArgs;
 use crate::exit::{Failure, chain};
 use crate::output;
+use crate::process;
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -17,6 +19,8 @@ struct Info {
     engines: Vec<EngineInfo>,
     /// What `--engine auto` is here; none if nothing can run.
     engine: Option<engines::ChosenEngine>,
+    /// What a machine's process is put into, layer by layer.
+    jail: Vec<Layer>,
     cpu_models: Vec<ModelInfo>,
     image_cache: Option<String>,
     run_directory: String,
@@ -84,6 +88,15 @@ pub fn run(args: &InfoArgs) -> Result<(), Failure> {
             format!("{}: {}", usable(engine.usable), engine.reason),
         ));
     }
+    rows.push(row("jail", String::new()));
+    for layer in &info.jail {
+        let name = format!("  {}", layer.name);
+        let state = match &layer.refused {
+            None => "in place".to_owned(),
+            Some(reason) => format!("refused: {reason}"),
+        };
+        rows.push(row(&name, state));
+    }
     rows.push(row("CPU models", String::new()));
     for model in &info.cpu_models {
         let name = format!("  {}", model.name);
@@ -119,6 +132,8 @@ fn gather() -> Info {
             },
         ],
         engine: engines::choose_by(&host.kvm).ok(),
+        jail: process::check_jail()
+            .unwrap_or_else(|failure| vec![Layer::new("process", Err(failure.message))]),
         host,
         cpu_models: ["baseline", "host"].map(model).into(),
         image_cache: strata_image::Store::default_root()

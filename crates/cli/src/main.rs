@@ -8,6 +8,7 @@ mod exit;
 mod image;
 mod info;
 mod output;
+mod process;
 mod run;
 mod stats;
 
@@ -45,6 +46,12 @@ fn end_on_panic() {
 
 /// Does what the command line says; gives the exit status.
 fn dispatch(started: Instant) -> Result<u8, Failure> {
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == process::WORD)
+    {
+        return process::main();
+    }
     let command = match args::parse(std::env::args_os())? {
         Parsed::Command(command) => command,
         Parsed::Text(text) => return output::print(&text).map(|()| 0),

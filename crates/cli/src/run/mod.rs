@@ -5,7 +5,8 @@
 //! wire      console or CMD ↔ our streams         signals   waited for, never handled
 //! ```
 //!
-//! One thread waits for what happens ([`Happened`]); the machine, each of our streams and the signals have theirs.
+//! The machine has a process of its own ([`crate::process`]). Here one thread waits for what happens ([`Happened`]);
+//! that process, each of our streams and the signals have theirs.
 
 mod command;
 mod escape;
@@ -16,40 +17,42 @@ mod timings;
 mod wire;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use strata_agent::{ExitStatus, Input};
+use strata_vmm::control::Request;
 use strata_vmm::engines::EngineOptions;
-use strata_vmm::{
-    BuildError, ConsoleInput, ConsoleRing, Crash, HostEnds, Machine, MachineHandle, MachineName,
-    MachineStats, Outcome, RunDir, RunDirError,
-};
+use strata_vmm::{MachineName, RunDir, RunDirError};
 
 use self::prepare::{Mode, Plan};
 use self::timings::Timings;
 use crate::args::RunArgs;
-use crate::exit::{ExitCode, Failure, SIGNAL_BASE, chain, code_of_io};
+use crate::exit::{ExitCode, Failure, SIGNAL_BASE};
 use crate::output;
+use crate::process::{self, End, Ending, Ends, Jail, MachineLaunch, MachineProcess, Said};
 use crate::stats::run_dir_failure;
 
-/// How long a machine that must end may take before it is left to the end of this process.
+/// How long a machine that must end may take before its process is ended.
 const PARTING: Duration = Duration::from_secs(1);
 /// How long a guest with disks that it writes may take to power off after CMD.
 const ORDERLY_POWER_OFF: Duration = Duration::from_secs(10);
+/// How long what the console still had to say may take when the user wants to be gone.
+const LAST_OUTPUT: Duration = Duration::from_millis(200);
 /// Lines of the console in the report of a crash.
-const CONSOLE_LINES: usize = 12;
-/// How Linux begins to say why it panics.
-const PANIC: &str = "Kernel panic - not syncing: ";
+const CONSOLE_LINES: usize = 20;
 /// How often the same signal must come until a CMD that ignores it is given up.
 const PATIENCE_SIGNALS: u32 = 3;
 
 /// What the run waits for.
-enum Happened {
-    /// The machine ended.
-    Ended(Outcome, MachineStats),
+pub enum Happened {
+    /// The machine's process said something.
+    Said(Said),
+    /// The machine's process is gone; this is how, as the end of a sentence.
+    Gone(String),
+    /// All that the console printed has been passed on.
+    Silent,
     /// This process got a signal.
     Signal(Signal),
     /// The user typed the escape sequence.
@@ -82,6 +85,14 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         lockstep: args.lockstep.unwrap_or(0),
     };
     let print_stats = args.print_stats;
+    let jail = match (args.no_jail, args.require_jail) {
+        (true, _) => Jail::None,
+        (false, true) => Jail::Required,
+        // Lock-step makes a second engine when the first one runs: a tool for its makers.
+        (false, false) if args.lockstep.is_some() => Jail::None,
+        (false, false) => Jail::Granted,
+    };
+    let probe = args.jail_probe;
     let Plan {
         mut config,
         mode,
@@ -94,24 +105,34 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
     let signals = signals::block()?;
     let run_dir = take_name(&mut config, name_stem.as_deref())?;
     let console = wire::console_output(&mode)?;
-    let ends = HostEnds {
-        console,
-        run_dir: Some(run_dir.path().to_owned()),
-        engine_options,
-    };
+    let control = process::listen_at(&RunDir::control_socket(run_dir.path()))?;
     let socket = strata_vmm::vsock_socket(&config, Some(run_dir.path()));
+    let vsock = match &socket {
+        Some(path) => Some((process::listen_at(path)?, path.clone())),
+        None => None,
+    };
+    let socket = socket.map(Removed);
     let has_writable_disk = config.has_writable_disk();
-    let machine = Machine::build(config, ends).map_err(|error| build_failure(&error))?;
-    machine
-        .serve_control(run_dir.path())
-        .map_err(|error| build_failure(&error))?;
     let (happened, inbox) = channel();
+    let ends = Ends {
+        control,
+        vsock,
+        name: config.name.to_string(),
+        console,
+    };
+    let launch = MachineLaunch {
+        namespaces: Ok(()),
+        config,
+        engine_options,
+        temporary: std::env::temp_dir(),
+        console: ends.console.is_some(),
+        jail,
+        probe,
+    };
+    let machine = MachineProcess::start(launch, ends, &happened)?;
     signals::forward(signals, &happened)?;
     let mut run = Run {
-        handle: machine.handle(),
-        console: machine.console_input(),
-        ring: machine.console_ring(),
-        first_run: machine.first_run(),
+        machine,
         mode,
         socket,
         has_writable_disk,
@@ -119,65 +140,110 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         print_stats,
         command: None,
         signals_got: Vec::new(),
+        console: Vec::new(),
+        stopped_by: None,
+        gone: None,
+        silent: false,
+        happened,
         inbox,
         _run_dir: run_dir,
     };
-    run.start(machine, &happened)?;
     let status = run.wait();
+    run.part(status.is_ok());
     run.report();
     status
 }
 
+/// A socket's path, where there is nothing more in the end.
+struct Removed(PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        // If it is gone already, all the better.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 /// A machine that runs, as seen by this program.
 struct Run {
-    handle: MachineHandle,
-    console: ConsoleInput,
-    ring: ConsoleRing,
-    first_run: Arc<std::sync::OnceLock<Instant>>,
+    machine: MachineProcess,
     mode: Mode,
     /// Where the guest's agent is reached.
-    socket: Option<PathBuf>,
+    socket: Option<Removed>,
     has_writable_disk: bool,
     timings: Option<Timings>,
     print_stats: bool,
     /// The way in to CMD once it runs.
     command: Option<Input>,
     signals_got: Vec<Signal>,
+    /// The last lines of the console, once the machine has ended.
+    console: Vec<String>,
+    /// The system call for which the machine's process was stopped.
+    stopped_by: Option<u32>,
+    /// How the machine's process ended.
+    gone: Option<String>,
+    /// All that the console printed has been passed on.
+    silent: bool,
+    happened: Sender<Happened>,
     inbox: Receiver<Happened>,
     /// Removed when the run is over.
     _run_dir: RunDir,
 }
 
 impl Run {
-    fn start(&mut self, machine: Machine, happened: &Sender<Happened>) -> Result<(), Failure> {
+    /// The guest runs: ties our streams to it.
+    fn connect(&mut self) -> Result<(), Failure> {
         self.mark("built");
         match &self.mode {
-            Mode::Console { .. } => wire::connect_console(&self.console, happened)?,
+            Mode::Console { .. } => {
+                let Some(input) = self.machine.take_input() else {
+                    return Ok(());
+                };
+                wire::connect_console(input, &self.happened)?;
+                self.pass_size();
+                Ok(())
+            }
             Mode::Command(command) => {
-                let socket = self.socket.clone().unwrap_or_default();
-                command::start(command.clone(), socket, happened.clone())?;
+                let socket = self.socket.as_ref().map(|socket| socket.0.clone());
+                let socket = socket.unwrap_or_default();
+                command::start(command.clone(), socket, self.happened.clone())
             }
         }
-        let happened = happened.clone();
-        spawn("machine", move || {
-            let (outcome, stats) = machine.run();
-            // The one who waits may have given up.
-            let _ = happened.send(Happened::Ended(outcome, stats));
-        })
+    }
+
+    /// Tells the console the size of our terminal, if there is one.
+    fn pass_size(&self) {
+        if let Some((columns, rows)) = terminal::size() {
+            self.machine.ask(&Request::Resize { columns, rows });
+        }
     }
 
     /// Waits for the end; gives the exit status.
     fn wait(&mut self) -> Result<u8, Failure> {
         loop {
-            // A sender is held by the signals' thread for ever.
+            // A sender is ours.
             let Ok(event) = self.inbox.recv() else {
                 return Ok(ExitCode::Internal as u8);
             };
             match event {
-                Happened::Ended(outcome, stats) => {
-                    self.ended(&stats);
-                    return self.status_of(&outcome);
+                Happened::Said(Said::Built(_)) => self.connect()?,
+                Happened::Said(Said::Failed { code, message }) => {
+                    return Err(Failure::new(code, printable(&message)));
                 }
+                Happened::Said(Said::Probed(attempts)) => {
+                    for attempt in attempts {
+                        let line = serde_json::to_string(&attempt).unwrap_or_default();
+                        output::print(&format!("{line}\n"))?;
+                    }
+                    return Ok(0);
+                }
+                Happened::Said(Said::StoppedByJail(call)) => self.stopped_by = Some(call),
+                Happened::Said(Said::Ended(end)) => {
+                    let how = self.ended(*end);
+                    return self.status_of(how);
+                }
+                Happened::Gone(how) => return Err(self.died(how)),
+                Happened::Silent => self.silent = true,
                 Happened::Quit => {
                     self.stop(PARTING);
                     return Ok(0);
@@ -202,21 +268,79 @@ impl Run {
         }
     }
 
+    /// The machine's process ended without saying how the machine did.
+    fn died(&mut self, how: String) -> Failure {
+        let message = match self.stopped_by {
+            Some(call) => format!("the machine was stopped by its jail: system call {call}"),
+            None => format!("the machine is gone: {how}"),
+        };
+        self.gone = Some(how);
+        Failure::new(ExitCode::Internal, message)
+    }
+
+    /// Waits for the end of the machine's process and of its output; not for long if the user wants to be gone.
+    fn part(&mut self, patient: bool) {
+        let deadline = Instant::now() + PARTING;
+        while self.gone.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.inbox.recv_timeout(left) {
+                Ok(event) => self.note(event),
+                Err(_) => {
+                    self.machine.kill();
+                    break;
+                }
+            }
+        }
+        let impatient = Instant::now() + LAST_OUTPUT;
+        while !self.silent || self.gone.is_none() {
+            let event = if patient {
+                self.inbox.recv().map_err(|_| ())
+            } else {
+                let left = impatient.saturating_duration_since(Instant::now());
+                self.inbox.recv_timeout(left).map_err(|_| ())
+            };
+            match event {
+                // Whoever reads our output may never do so.
+                Ok(Happened::Signal(signal)) if signal != Signal::SIGWINCH => return,
+                Ok(event) => self.note(event),
+                Err(()) => return,
+            }
+        }
+    }
+
+    /// Takes what still happens when the outcome is decided.
+    fn note(&mut self, event: Happened) {
+        match event {
+            Happened::Said(Said::Ended(end)) => drop(self.ended(*end)),
+            Happened::Gone(how) => self.gone = Some(how),
+            Happened::Silent => self.silent = true,
+            _ => {}
+        }
+    }
+
     /// CMD is over: the machine has done its duty.
     fn finish(&mut self, result: Result<ExitStatus, Failure>) -> Result<u8, Failure> {
         // A machine that died is the reason, and the broken connection only its sign.
-        if result.is_err()
-            && let Ok(Happened::Ended(outcome, stats)) =
-                self.inbox.recv_timeout(Duration::from_millis(50))
-        {
-            self.ended(&stats);
-            return self.status_of(&outcome);
+        if result.is_err() {
+            match self.inbox.recv_timeout(Duration::from_millis(50)) {
+                Ok(Happened::Said(Said::Ended(end))) => {
+                    let how = self.ended(*end);
+                    return self.status_of(how);
+                }
+                Ok(Happened::Said(Said::StoppedByJail(call))) => {
+                    self.stopped_by = Some(call);
+                    return Err(self.died(String::new()));
+                }
+                Ok(Happened::Gone(how)) => return Err(self.died(how)),
+                Ok(event) => self.note(event),
+                Err(_) => {}
+            }
         }
         let orderly = self.has_writable_disk
             && self
                 .socket
-                .as_deref()
-                .is_some_and(command::ask_to_power_off);
+                .as_ref()
+                .is_some_and(|socket| command::ask_to_power_off(&socket.0));
         if orderly {
             self.await_end(ORDERLY_POWER_OFF);
         } else {
@@ -234,7 +358,7 @@ impl Run {
         if signal == Signal::SIGWINCH {
             match &self.command {
                 Some(input) => self.resize(input),
-                None => wire::pass_size(&self.console),
+                None => self.pass_size(),
             }
             return None;
         }
@@ -268,7 +392,7 @@ impl Run {
     }
 
     fn stop(&mut self, patience: Duration) {
-        self.handle.power_off();
+        self.machine.ask(&Request::PowerOff);
         self.await_end(patience);
     }
 
@@ -277,56 +401,54 @@ impl Run {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.inbox.recv_timeout(left) {
-                Ok(Happened::Ended(_, stats)) => return self.ended(&stats),
-                Ok(_) => {}
+                Ok(event @ (Happened::Said(Said::Ended(_)) | Happened::Gone(_))) => {
+                    return self.note(event);
+                }
+                Ok(event) => self.note(event),
                 Err(_) => return,
             }
         }
     }
 
-    fn ended(&mut self, stats: &MachineStats) {
+    fn ended(&mut self, end: End) -> Ending {
         self.mark("ended");
+        let age = end.first_run_ago_ns.map(Duration::from_nanos);
+        if let Some(timings) = &mut self.timings
+            && let Some(first) = age.and_then(|age| Instant::now().checked_sub(age))
+        {
+            timings.mark("first_instruction", first);
+        }
+        self.console = end.console;
         if self.print_stats
-            && let Ok(line) = serde_json::to_string(stats)
+            && let Ok(line) = serde_json::to_string(&end.stats)
         {
             terminal::restore();
             let _ = output::error_line(&line);
         }
+        end.how
     }
 
     /// The exit status of a machine that ended by itself.
-    fn status_of(&self, outcome: &Outcome) -> Result<u8, Failure> {
+    fn status_of(&self, how: Ending) -> Result<u8, Failure> {
         let in_command = matches!(self.mode, Mode::Command(_));
-        match outcome {
-            Outcome::DebugExit(value) => Ok((value << 1 | 1) as u8),
-            Outcome::Crashed(crash) => Err(self.crashed(crash)),
-            Outcome::PoweredOff | Outcome::Rebooted | Outcome::Stopped if !in_command => Ok(0),
-            // Without its panic driver a guest resets the machine.
-            Outcome::Rebooted if self.panic_message().is_some() => {
-                Err(self.crashed(&Crash::GuestPanic))
+        match how {
+            Ending::DebugExit(value) => Ok((value << 1 | 1) as u8),
+            Ending::GuestPanic(message) => {
+                let mut said = "the guest's kernel panicked".to_owned();
+                if !message.is_empty() {
+                    said = format!("{said}: {}", printable(&message));
+                }
+                Err(self.with_console(Failure::new(ExitCode::Guest, said)))
             }
-            _ => {
+            Ending::Crashed { code, message } => {
+                Err(self.with_console(Failure::new(code, printable(&message))))
+            }
+            Ending::PoweredOff | Ending::Rebooted | Ending::Stopped if !in_command => Ok(0),
+            Ending::PoweredOff | Ending::Rebooted | Ending::Stopped => {
                 let message = "the machine ended before the command did";
                 Err(self.with_console(Failure::new(ExitCode::Guest, message)))
             }
         }
-    }
-
-    fn crashed(&self, crash: &Crash) -> Failure {
-        let mut failure = crash_failure(crash);
-        if matches!(crash, Crash::GuestPanic)
-            && let Some(message) = self.panic_message()
-        {
-            failure.message = format!("{}: {message}", failure.message);
-        }
-        self.with_console(failure)
-    }
-
-    /// What the guest's kernel said when it panicked last, if it did.
-    fn panic_message(&self) -> Option<String> {
-        let lines = self.ring.tail(usize::MAX);
-        let message = |line: &String| Some(line.split_once(PANIC)?.1.trim().to_owned());
-        lines.iter().rev().find_map(message)
     }
 
     /// Adds the console's last lines, unless they were seen as they came.
@@ -342,12 +464,13 @@ impl Run {
         if seen || told_apart.contains(&failure.code) || !failure.more.is_empty() {
             return failure;
         }
-        let lines = self.ring.tail(CONSOLE_LINES);
+        let from = self.console.len().saturating_sub(CONSOLE_LINES);
+        let lines = self.console.get(from..).unwrap_or_default();
         if lines.is_empty() {
             return failure;
         }
         let mut more = vec!["The console's last lines:".to_owned()];
-        more.extend(lines.into_iter().map(|line| format!("  {line}")));
+        more.extend(lines.iter().map(|line| format!("  {}", printable(line))));
         failure.with(more)
     }
 
@@ -359,9 +482,6 @@ impl Run {
 
     fn report(&mut self) {
         if let Some(timings) = &mut self.timings {
-            if let Some(first) = self.first_run.get() {
-                timings.mark("first_instruction", *first);
-            }
             terminal::restore();
             let _ = output::error_line(&timings.line());
         }
@@ -384,7 +504,8 @@ fn take_name(
     }
 }
 
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Failure> {
+/// Makes a thread.
+pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Failure> {
     let thread = std::thread::Builder::new().name(name.to_owned());
     match thread.spawn(work) {
         Ok(_) => Ok(()),
@@ -395,41 +516,7 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Failure
     }
 }
 
-fn build_failure(error: &BuildError) -> Failure {
-    let code = match error {
-        BuildError::Cpus { .. } | BuildError::TooManyDisks { .. } | BuildError::Layout(_) => {
-            ExitCode::Usage
-        }
-        BuildError::CpuModel(strata_engine::x86::ModelError::Unknown(_)) => ExitCode::Usage,
-        BuildError::File { source, .. } => code_of_io(source),
-        BuildError::NotABootFile { .. } | BuildError::Boot { .. } => ExitCode::Data,
-        BuildError::Disk(_) => disk_code(error),
-        BuildError::CpuModel(_) => ExitCode::Unavailable,
-        BuildError::Engine(strata_engine::EngineError::Unsupported { .. }) => ExitCode::Unavailable,
-        BuildError::Memory(_) | BuildError::Host { .. } => ExitCode::System,
-        BuildError::Device { .. } => ExitCode::CannotCreate,
-        BuildError::UnresolvedImage(_) | BuildError::Engine(_) => ExitCode::Internal,
-    };
-    Failure::from_error(code, error)
-}
-
-/// A disk's status is that of the system's error behind it, if there is one.
-fn disk_code(error: &(dyn std::error::Error + 'static)) -> ExitCode {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if let Some(io) = error.downcast_ref::<std::io::Error>() {
-            return code_of_io(io);
-        }
-        cause = error.source();
-    }
-    ExitCode::Data
-}
-
-fn crash_failure(crash: &Crash) -> Failure {
-    let code = match crash {
-        Crash::GuestPanic | Crash::TripleFault { .. } => ExitCode::Guest,
-        Crash::Engine { .. } | Crash::ThreadGone { .. } => ExitCode::Internal,
-        Crash::Restart(error) => build_failure(error).code,
-    };
-    Failure::new(code, chain(crash))
+/// A line from the machine's process, safe to print on a terminal.
+fn printable(line: &str) -> String {
+    line.chars().filter(|c| !c.is_control()).collect()
 }

@@ -4,8 +4,6 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::sync::mpsc::Sender;
 
-use strata_vmm::ConsoleInput;
-
 use super::escape::{Escape, HINT};
 use super::prepare::Mode;
 use super::{Happened, spawn, terminal};
@@ -44,17 +42,16 @@ impl Write for Unbuffered {
 }
 
 /// Gives our input to the console; tells how to get out again if a terminal is taken.
-pub fn connect_console(console: &ConsoleInput, happened: &Sender<Happened>) -> Result<(), Failure> {
+pub fn connect_console(mut console: File, happened: &Sender<Happened>) -> Result<(), Failure> {
     let is_terminal = terminal::make_raw();
     if is_terminal {
         // In raw mode the terminal does not return the carriage by itself.
         let _ = output::error_line(&format!("strata: {HINT}\r"));
     }
-    pass_size(console);
-    let (console, happened) = (console.clone(), happened.clone());
+    let happened = happened.clone();
     spawn("input", move || {
         let leave = pump(is_terminal, io::stdin().lock(), |bytes| {
-            console.push_all(bytes)
+            console.write_all(bytes).is_ok()
         });
         if leave {
             // The one who waits may be gone.
@@ -89,12 +86,5 @@ pub fn pump(is_terminal: bool, mut source: impl Read, mut sink: impl FnMut(&[u8]
         if leave {
             return true;
         }
-    }
-}
-
-/// Tells the console the size of our terminal, if there is one and the console can know.
-pub fn pass_size(console: &ConsoleInput) {
-    if let Some((columns, rows)) = terminal::size() {
-        console.resize(columns, rows);
     }
 }

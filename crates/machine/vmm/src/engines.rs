@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use strata_engine::x86::{CpuModel, X86};
 use strata_engine::{Engine, EngineError, MachineClock};
 use strata_engine_dbt::{Translator, TranslatorConfig};
@@ -31,7 +31,7 @@ pub struct EngineParts {
 }
 
 /// How an engine works inside: nothing that a guest could tell apart, so no part of a machine's configuration.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
 pub struct EngineOptions {
     /// One instruction per block and nothing clever: what optimised runs are compared with.
     pub reference: bool,

@@ -58,3 +58,4 @@ pub use ring::ConsoleRing;
 pub use run_dir::{RunDir, RunDirError};
 pub use size::{ByteSize, SizeError};
 pub use state::{InstanceState, Transition, TransitionError};
+pub use strata_devices::virtio::VsockHost;

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::io::Write;
-use std::path::Path;
+use std::os::unix::net::UnixListener;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use strata_devices::PowerEvent;
+use strata_devices::virtio::VsockHost;
 use strata_engine::x86::CpuModel;
 use strata_engine::{Exit, MachineClock, VcpuId, VcpuStats};
 use strata_memory::{GuestMemory, Layout};
@@ -41,8 +42,14 @@ pub struct HostEnds {
     pub console: Option<Box<dyn Write + Send>>,
     /// The run directory, for sockets that the configuration does not place. Without one there are none.
     pub run_dir: Option<std::path::PathBuf>,
+    /// The host's side of the vsock, if its socket is not to be made from the configuration.
+    pub vsock: Option<VsockHost>,
+    /// Where what is written to temporary disks goes; the system's place for such files if not given.
+    pub temporary: Option<std::path::PathBuf>,
     /// How the engine works inside.
     pub engine_options: EngineOptions,
+    /// Called when every file that the configuration names is open, and no thread is there yet.
+    pub opened: Option<Box<dyn FnOnce()>>,
 }
 
 /// A machine that is ready to run or runs.
@@ -124,7 +131,7 @@ impl Machine {
     /// As [`Machine::build`].
     pub fn build_on(
         config: MachineConfig,
-        ends: HostEnds,
+        mut ends: HostEnds,
         engine: impl FnOnce(EngineParts) -> Result<Arc<AnyEngine>, strata_engine::EngineError>,
     ) -> Result<Self, BuildError> {
         check_cpus(config.cpus, config.engine)?;
@@ -132,6 +139,10 @@ impl Machine {
             BootSource::Files(files) => BootImage::open(files)?,
             BootSource::Image(name) => return Err(BuildError::UnresolvedImage(name.clone())),
         };
+        let disks = platform::open_disks(&config, ends.temporary.take())?;
+        if let Some(opened) = ends.opened.take() {
+            opened();
+        }
         let model = CpuModel::named(&config.cpu_model)?;
         let (layout, memory) = build_memory(&config)?;
         let clock = Arc::new(MachineClock::new(TSC_HZ));
@@ -151,7 +162,7 @@ impl Machine {
         });
         let interrupts = Arc::new(EngineInterrupts(engine.interrupts()));
         let mut chassis = Chassis::new(memory.clone(), &layout, clock.clone(), interrupts, power)?;
-        let console = platform::add_devices(&mut chassis, &config, ends, &ring)?;
+        let console = platform::add_devices(&mut chassis, &config, ends, disks, &ring)?;
         let mut machine = Self {
             config,
             state: InstanceState::Defined,
@@ -181,6 +192,11 @@ impl Machine {
         &self.config
     }
 
+    /// The name of the engine that runs it.
+    pub fn engine_name(&self) -> &'static str {
+        self.engine.name()
+    }
+
     /// Reaches the machine while it runs.
     pub fn handle(&self) -> MachineHandle {
         MachineHandle {
@@ -203,15 +219,14 @@ impl Machine {
         Arc::clone(&self.first_run)
     }
 
-    /// Answers on a control socket in the run directory from now on.
+    /// Answers on a control socket from now on.
     ///
     /// # Errors
-    /// If the socket cannot be made.
-    pub fn serve_control(&self, run_dir: &Path) -> Result<(), BuildError> {
-        let path = crate::RunDir::control_socket(run_dir);
+    /// If the system makes no thread for it.
+    pub fn serve_control(&self, listener: UnixListener) -> Result<(), BuildError> {
         let events = self.events.clone();
         let greeting = Greeting::new(self.config.name.clone());
-        control::Server::start(&path, &greeting, move |asked| {
+        control::Server::start(listener, &greeting, move |asked| {
             events.send(Event::Control(asked)).is_ok()
         })
         .map_err(|source| BuildError::Host {

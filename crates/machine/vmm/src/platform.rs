@@ -40,6 +40,7 @@ pub(crate) fn add_devices(
     chassis: &mut Chassis,
     config: &MachineConfig,
     mut ends: HostEnds,
+    disks: Vec<Arc<dyn DiskBackend>>,
     ring: &ConsoleRing,
 ) -> Result<ConsoleInput, BuildError> {
     let mut host = ends.console.take();
@@ -63,10 +64,10 @@ pub(crate) fn add_devices(
         ConsoleKind::Serial => ConsoleInput::serial(&serial),
         ConsoleKind::Virtio => add_console(chassis, output(ConsoleKind::Virtio))?,
     };
-    for (index, disk) in config.disks.iter().enumerate() {
+    for (index, disk) in disks.into_iter().enumerate() {
         add_disk(chassis, index, disk)?;
     }
-    add_vsock(chassis, config, ends.run_dir.as_deref())?;
+    add_vsock(chassis, config, ends)?;
     Ok(console)
 }
 
@@ -113,7 +114,11 @@ fn add_console(chassis: &mut Chassis, output: ConsoleOutput) -> Result<ConsoleIn
     Ok(ConsoleInput::virtio(input))
 }
 
-fn add_disk(chassis: &mut Chassis, index: usize, disk: &DiskConfig) -> Result<(), BuildError> {
+fn add_disk(
+    chassis: &mut Chassis,
+    index: usize,
+    backend: Arc<dyn DiskBackend>,
+) -> Result<(), BuildError> {
     let id = format!("disk{index}");
     let slot = u8::try_from(index)
         .ok()
@@ -122,11 +127,20 @@ fn add_disk(chassis: &mut Chassis, index: usize, disk: &DiskConfig) -> Result<()
     let slot = slot.ok_or_else(|| BuildError::TooManyDisks {
         max: slot::END - slot::DISKS,
     })?;
-    let backend = open_disk(disk)?;
     chassis.add_virtio(slot, &id, Blk::new(backend, &id))
 }
 
-fn open_disk(disk: &DiskConfig) -> Result<Arc<dyn DiskBackend>, BuildError> {
+/// Opens the configuration's disks, in their order.
+pub(crate) fn open_disks(
+    config: &MachineConfig,
+    temporary: Option<PathBuf>,
+) -> Result<Vec<Arc<dyn DiskBackend>>, BuildError> {
+    let temporary = temporary.unwrap_or_else(std::env::temp_dir);
+    let open = |disk| open_disk(disk, &temporary);
+    config.disks.iter().map(open).collect()
+}
+
+fn open_disk(disk: &DiskConfig, temporary: &Path) -> Result<Arc<dyn DiskBackend>, BuildError> {
     let access = match disk.access {
         DiskAccess::ReadWrite => Access::ReadWrite,
         DiskAccess::ReadOnly | DiskAccess::Temporary => Access::ReadOnly,
@@ -143,23 +157,28 @@ fn open_disk(disk: &DiskConfig) -> Result<Arc<dyn DiskBackend>, BuildError> {
     })?;
     Ok(match disk.access {
         DiskAccess::ReadWrite | DiskAccess::ReadOnly => backend,
-        DiskAccess::Temporary => Arc::new(Overlay::new(backend, &std::env::temp_dir())?),
+        DiskAccess::Temporary => Arc::new(Overlay::new(backend, temporary)?),
     })
 }
 
 fn add_vsock(
     chassis: &mut Chassis,
     config: &MachineConfig,
-    run_dir: Option<&Path>,
+    ends: HostEnds,
 ) -> Result<(), BuildError> {
-    let (Some(vsock), Some(socket)) = (&config.vsock, vsock_socket(config, run_dir)) else {
+    let Some(vsock) = &config.vsock else {
         return Ok(());
     };
-    let device =
-        Vsock::new(u64::from(vsock.cid), &socket).map_err(|source| BuildError::Device {
-            device: "vsock0".to_owned(),
-            source: Box::new(source),
-        })?;
+    let cid = u64::from(vsock.cid);
+    let made = match (ends.vsock, vsock_socket(config, ends.run_dir.as_deref())) {
+        (Some(host), _) => Vsock::on(cid, host),
+        (None, Some(socket)) => Vsock::new(cid, &socket),
+        (None, None) => return Ok(()),
+    };
+    let device = made.map_err(|source| BuildError::Device {
+        device: "vsock0".to_owned(),
+        source: Box::new(source),
+    })?;
     chassis.add_virtio(slot::VSOCK, "vsock0", device)
 }
 

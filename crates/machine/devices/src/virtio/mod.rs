@@ -36,4 +36,4 @@ pub use device::{DeviceKind, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Io, Virt
 pub use pci::VirtioPci;
 pub use queue::QueueError;
 pub use rng::Rng;
-pub use vsock::{Vsock, VsockError};
+pub use vsock::{Vsock, VsockError, VsockHost};

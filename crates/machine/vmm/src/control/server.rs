@@ -2,7 +2,6 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -34,13 +33,12 @@ type Deliver = dyn Fn(ControlRequest) -> bool + Send + Sync;
 pub struct Server;
 
 impl Server {
-    /// Begins to listen at `path`; `deliver` hands a request to the machine and is false when it has ended.
+    /// Begins to listen; `deliver` hands a request to the machine and is false when it has ended.
     pub fn start(
-        path: &Path,
+        listener: UnixListener,
         greeting: &Greeting,
         deliver: impl Fn(ControlRequest) -> bool + Send + Sync + 'static,
     ) -> io::Result<()> {
-        let listener = UnixListener::bind(path)?;
         let greeting = serde_json::to_string(greeting)?;
         std::thread::Builder::new()
             .name("control".to_owned())
@@ -150,7 +148,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("control.sock");
         let greeting = Greeting::new("web-1".parse().unwrap());
-        Server::start(&path, &greeting, |asked| {
+        let listener = UnixListener::bind(&path).unwrap();
+        Server::start(listener, &greeting, |asked| {
             asked.answer.send(fixed(&asked.request)).is_ok()
         })
         .unwrap();

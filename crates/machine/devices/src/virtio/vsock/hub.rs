@@ -43,13 +43,65 @@ enum Stream {
     Connected(Connection),
 }
 
+/// Connects a guest's program to what the host has at a port.
+pub type Dial = dyn FnMut(u32) -> io::Result<UnixStream> + Send;
+
+/// The host's side of a device: where programs of the host arrive, and how those of the guest leave.
+pub struct VsockHost {
+    listener: UnixListener,
+    dial: Box<Dial>,
+    /// Removed in the end.
+    path: Option<PathBuf>,
+}
+
+impl VsockHost {
+    /// Listens at `path`, which must not exist and is removed in the end; port P of the host is the Unix socket whose
+    /// path has `_P` appended.
+    ///
+    /// # Errors
+    /// If no socket can be made there.
+    pub fn at(path: &Path) -> io::Result<VsockHost> {
+        let base = path.to_owned();
+        let dial = move |port| {
+            let mut path = OsString::from(&base);
+            path.push(format!("_{port}"));
+            Ok(connect_unix(Path::new(&path))?)
+        };
+        Ok(VsockHost {
+            listener: UnixListener::bind(path)?,
+            dial: Box::new(dial),
+            path: Some(path.to_owned()),
+        })
+    }
+
+    /// Listens on a socket that somebody else made, and leaves connecting to `dial`.
+    pub fn on(
+        listener: UnixListener,
+        dial: impl FnMut(u32) -> io::Result<UnixStream> + Send + 'static,
+    ) -> VsockHost {
+        VsockHost {
+            listener,
+            dial: Box::new(dial),
+            path: None,
+        }
+    }
+}
+
+impl Drop for VsockHost {
+    fn drop(&mut self) {
+        // Nobody listens there any more; if the file is gone already, all the better.
+        if let Some(path) = &self.path {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
 /// All streams of a device.
 pub struct Hub {
     guest_cid: u64,
     /// Streams at a time, those that are being set up included.
     streams_max: usize,
-    path: PathBuf,
-    listener: UnixListener,
+    host: VsockHost,
     epoll: OwnedFd,
     /// By age, so that which of them gives way is the same in every run.
     streams: BTreeMap<Token, Stream>,
@@ -62,18 +114,16 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// Listens at `path`, which must not exist.
-    pub fn new(path: &Path, guest_cid: u64, streams_max: usize) -> io::Result<Hub> {
-        let listener = UnixListener::bind(path)?;
-        listener.set_nonblocking(true)?;
+    /// Between a guest and this host.
+    pub fn new(host: VsockHost, guest_cid: u64, streams_max: usize) -> io::Result<Hub> {
+        host.listener.set_nonblocking(true)?;
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         let flags = EventFlags::IN | EventFlags::ET;
-        epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), flags)?;
+        epoll::add(&epoll, &host.listener, EventData::new_u64(LISTENER), flags)?;
         Ok(Hub {
             guest_cid,
             streams_max,
-            path: path.to_owned(),
-            listener,
+            host,
             epoll,
             streams: BTreeMap::new(),
             by_ports: HashMap::new(),
@@ -118,7 +168,7 @@ impl Hub {
 
     fn accept(&mut self) {
         loop {
-            match self.listener.accept() {
+            match self.host.listener.accept() {
                 // Beyond the limit a program sees its connection closed.
                 Ok((socket, _)) => {
                     if self.has_room() && socket.set_nonblocking(true).is_ok() {
@@ -259,10 +309,12 @@ impl Hub {
 
     /// The guest wants a port of the host: a Unix socket named after ours and the port.
     fn connect_to_host(&mut self, request: &Header, ports: Ports) {
-        let mut path = OsString::from(&self.path);
-        path.push(format!("_{}", ports.host));
-        let connected = self.has_room().then(|| connect_unix(Path::new(&path)));
-        let Some(Ok(socket)) = connected else {
+        let dialled = match self.has_room() {
+            true => (self.host.dial)(ports.host),
+            false => return self.refuse(request),
+        };
+        let watched = dialled.and_then(|socket| socket.set_nonblocking(true).map(|()| socket));
+        let Ok(socket) = watched else {
             return self.refuse(request);
         };
         let make = |socket| Stream::Connected(Connection::from_guest(ports, request, socket));
@@ -319,13 +371,6 @@ impl Hub {
             }
         }
         None
-    }
-}
-
-impl Drop for Hub {
-    fn drop(&mut self) {
-        // Nobody listens there any more; if the file is gone already, all the better.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 

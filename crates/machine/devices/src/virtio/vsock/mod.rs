@@ -33,6 +33,7 @@ use super::host::Watcher;
 use super::queue::QueueError;
 use crate::{RestoreError, SavedState};
 use hub::Hub;
+pub use hub::VsockHost;
 use packet::{HEADER_BYTES, Header};
 
 /// Queues (5.10.2), as the device sees them.
@@ -73,6 +74,13 @@ pub enum VsockError {
     Watch(#[source] io::Error),
 }
 
+fn listen(path: &Path) -> Result<VsockHost, VsockError> {
+    VsockHost::at(path).map_err(|source| VsockError::Listen {
+        path: path.to_owned(),
+        source,
+    })
+}
+
 /// The socket device.
 pub struct Vsock {
     guest_cid: u64,
@@ -89,18 +97,23 @@ impl Vsock {
     /// A device for the guest at address `guest_cid`, listening at `path`, which must not exist and
     /// is removed when the device is dropped.
     pub fn new(guest_cid: u64, path: &Path) -> Result<Vsock, VsockError> {
-        Vsock::with_limit(guest_cid, path, STREAMS_MAX)
+        Vsock::on(guest_cid, listen(path)?)
     }
 
-    fn with_limit(guest_cid: u64, path: &Path, streams_max: usize) -> Result<Vsock, VsockError> {
+    /// The same with another host's side.
+    pub fn on(guest_cid: u64, host: VsockHost) -> Result<Vsock, VsockError> {
+        Vsock::with_limit(guest_cid, host, STREAMS_MAX)
+    }
+
+    fn with_limit(
+        guest_cid: u64,
+        host: VsockHost,
+        streams_max: usize,
+    ) -> Result<Vsock, VsockError> {
         if !(GUEST_CID_FIRST..u64::from(u32::MAX)).contains(&guest_cid) {
             return Err(VsockError::GuestCid(guest_cid));
         }
-        let listen = |source| VsockError::Listen {
-            path: path.to_owned(),
-            source,
-        };
-        let hub = Hub::new(path, guest_cid, streams_max).map_err(listen)?;
+        let hub = Hub::new(host, guest_cid, streams_max).map_err(VsockError::Watch)?;
         let ready = Some(hub.ready_fd().map_err(VsockError::Watch)?);
         let buffer = vec![0; PACKET_BYTES_MAX];
         Ok(Vsock {

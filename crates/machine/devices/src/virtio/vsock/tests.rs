@@ -28,7 +28,8 @@ struct Guest {
 
 fn guest() -> Guest {
     let dir = tempfile::tempdir().unwrap();
-    let device = Vsock::with_limit(CID, &dir.path().join("v"), LIMIT).unwrap();
+    let device =
+        Vsock::with_limit(CID, VsockHost::at(&dir.path().join("v")).unwrap(), LIMIT).unwrap();
     let mut driver = Driver::new(device);
     driver.start(0);
     Guest {
