@@ -253,6 +253,19 @@ impl Asm {
         self.ctx_operand(dst, mask);
     }
 
+    /// `rorx dst, src, count` (BMI2), 64 bits.
+    pub fn rotate_right(&mut self, dst: u8, src: u8, count: u8) {
+        let first = (u8::from(dst < 8) << 7) | 0x40 | (u8::from(src < 8) << 5) | 3;
+        self.bytes(&[
+            0xc4,
+            first,
+            0xfb,
+            0xf0,
+            0xc0 | (dst & 7) << 3 | src & 7,
+            count,
+        ]);
+    }
+
     /// `sarx`/`shlx`/`shrx dst, src, count` (BMI2), 64 bits; `pp` 1 shlx, 2 sarx, 3 shrx.
     pub fn shift_x(&mut self, pp: u8, dst: u8, src: u8, count: u8) {
         let first = (u8::from(dst < 8) << 7) | 0x40 | (u8::from(src < 8) << 5) | 2;

@@ -13,7 +13,7 @@ use iced_x86::Instruction;
 use strata_engine::{EngineError, VcpuStats};
 use strata_memory::GuestMemory;
 
-use crate::cpu::{Cpu, JUMP_ENTRIES};
+use crate::cpu::{Cpu, jump_index};
 use crate::mmu::OperandAccess;
 
 /// Bytes of the code cache.
@@ -516,7 +516,7 @@ impl CodeMap {
                 }
             }
         }
-        let index = key.rip as usize % JUMP_ENTRIES;
+        let index = jump_index(key.rip);
         for jump in &mut cpu.jump {
             if jump.tag.get(index) == Some(&key.rip.wrapping_neg()) {
                 jump.drop_entry(index);

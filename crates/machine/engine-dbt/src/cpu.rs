@@ -25,6 +25,11 @@ static EMPTY_TLB: [u64; TLB_ENTRIES] = {
     tags
 };
 
+/// Where the jump cache holds `rip`. Functions start at multiples of 16, so the page number takes part.
+pub const fn jump_index(rip: u64) -> usize {
+    rip.wrapping_add(rip.rotate_right(12)) as usize % JUMP_ENTRIES
+}
+
 /// Tags of an empty jump cache: the address that would hit entry `i` has another index.
 #[allow(clippy::indexing_slicing, reason = "evaluated by the compiler")]
 static EMPTY_JUMP: [u64; JUMP_ENTRIES] = {
@@ -65,6 +70,8 @@ pub struct JumpCache {
     pages: [u64; 64],
     /// Some entry came from a mapping that is not global.
     local: bool,
+    /// Some entry's linear address is not its RIP.
+    based: bool,
 }
 
 impl SoftTlb {
@@ -92,17 +99,25 @@ impl JumpCache {
         self.tag.copy_from_slice(&EMPTY_JUMP);
         self.pages.fill(0);
         self.local = false;
+        self.based = false;
     }
 
-    /// Empties the cache if an entry may depend on the mapping of `linear`'s page.
+    /// Drops the entries that may depend on the mapping of `linear`'s page: those whose code begins in it, or in the
+    /// page before and may reach into it.
     fn clear_page(&mut self, linear: u64) {
         let page = linear >> 12;
-        if self
-            .pages
-            .get((page / 64 % 64) as usize)
-            .is_some_and(|word| word & 1 << (page % 64) != 0)
-        {
-            self.clear();
+        let word = self.pages.get((page / 64 % 64) as usize);
+        if word.is_none_or(|word| word & 1 << (page % 64) == 0) {
+            return;
+        }
+        if self.based {
+            return self.clear();
+        }
+        for (tag, &empty) in self.tag.iter_mut().zip(&EMPTY_JUMP) {
+            let begins = tag.wrapping_neg() >> 12;
+            if page.wrapping_sub(begins) & (u64::MAX >> 12) <= 1 {
+                *tag = empty;
+            }
         }
     }
 
@@ -115,7 +130,7 @@ impl JumpCache {
 
     /// The host address remembered for `rip`.
     pub fn get(&self, rip: u64) -> Option<u64> {
-        let index = rip as usize % JUMP_ENTRIES;
+        let index = jump_index(rip);
         let hit = *self.tag.get(index)? == rip.wrapping_neg();
         hit.then(|| self.target.get(index).copied()).flatten()
     }
@@ -130,7 +145,8 @@ impl JumpCache {
             }
         }
         self.local |= !global;
-        let index = rip as usize % JUMP_ENTRIES;
+        self.based |= linear != rip;
+        let index = jump_index(rip);
         if let (Some(tag), Some(to)) = (self.tag.get_mut(index), self.target.get_mut(index)) {
             *tag = rip.wrapping_neg();
             *to = target;
@@ -697,5 +713,34 @@ pub mod off {
     pub const fn jump_target(privilege: usize) -> u32 {
         (offset_of!(Cpu, jump) + privilege * size_of::<JumpCache>() + offset_of!(JumpCache, target))
             as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_invalidated_page_takes_its_jumps_along_and_no_others() {
+        let mut cpu = Cpu::boxed();
+        cpu.flush_tlb(true);
+        let jump = &mut cpu.jump[0];
+        let page = 0xffff_8000_1234_5000u64;
+        for rip in [
+            page - 0x1001,
+            page - 1,
+            page,
+            page + 0xfff,
+            page + 0x1000,
+            0,
+            u64::MAX,
+        ] {
+            jump.set(rip, rip, true, false, 1);
+        }
+        cpu.flush_page(page + 8);
+        let left = |rip| cpu.jump[0].get(rip).is_some();
+        assert!(left(page - 0x1001) && left(page + 0x1000) && left(0) && left(u64::MAX));
+        assert!(!left(page - 1) && !left(page) && !left(page + 0xfff));
+        assert!(cpu.jump[0].get(1).is_none(), "an empty entry hits nothing");
     }
 }

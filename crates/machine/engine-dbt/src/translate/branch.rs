@@ -11,7 +11,7 @@ use super::block::{Builder, Cold};
 use crate::asm::Here;
 use crate::asm::reg::{R8, R9, R10, R11, RCX, RSP};
 use crate::code::{BranchSite, Key, Link, Next};
-use crate::cpu::{JUMP_ENTRIES, off};
+use crate::cpu::{jump_index, off};
 use crate::mmu::OperandAccess;
 use crate::raw::Raw;
 
@@ -169,7 +169,7 @@ impl Builder<'_> {
             self.asm.patch_here(patch);
         }
         let cold = self.asm.here();
-        let index = target as usize % JUMP_ENTRIES;
+        let index = jump_index(target);
         let privilege = self.privilege();
         let link = self.next_link();
         let stub = self.stubs.link;
@@ -241,7 +241,10 @@ impl Builder<'_> {
         self.check_request(None, false);
         let privilege = self.privilege();
         let lookup = self.stubs.lookup;
-        self.asm.pext_ctx(R11, R10, off::JUMP_MASK);
+        // The same as `jump_index`.
+        self.asm.rotate_right(R11, R10, 12);
+        self.asm.lea(R11, Some(R11), Some((R10, 1)), 0, false);
+        self.asm.pext_ctx(R11, R11, off::JUMP_MASK);
         self.asm
             .load(RCX, RSP, Some((R11, 8)), off::jump_tag(privilege) as i32);
         self.asm.lea(RCX, Some(RCX), Some((R10, 1)), 0, false);
