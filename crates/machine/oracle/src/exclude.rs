@@ -116,6 +116,14 @@ pub fn invalid(bytes: &[u8]) -> Option<&'static str> {
     match rest {
         [0x62, ..] => Some("EVEX, which the host may have"),
         [0x8f, ..] => Some("XOP, which the host may have"),
+        [0xc5, _, 0x41..=0x4b | 0x90..=0x93 | 0x98 | 0x99, ..]
+        | [
+            0xc4,
+            _,
+            _,
+            0x30..=0x33 | 0x41..=0x4b | 0x90..=0x93 | 0x98 | 0x99,
+            ..,
+        ] => Some("masks of AVX-512, which the host may have"),
         [0x0f, 0x01 | 0x0d | 0x18..=0x1f, ..] => Some("instructions of one vendor alone"),
         [0x0f, 0x20 | 0x22, ..] => Some("MOV with CR8 in AMD's way, by LOCK"),
         [0x0f, 0x0f, ..] => Some("3DNow!, which the host may have"),
