@@ -104,6 +104,7 @@ impl TestMachine {
             lockstep: 0,
         })
         .unwrap();
+        engine.inspect(Arc::new(strata_verify::Verifier::new()));
         let mut vcpu = engine.create_with_inputs(VcpuId(0), Inputs::Live).unwrap();
         let bus = TestBus::default();
         *bus.kicker.lock().unwrap() = Some(vcpu.kicker());

@@ -123,6 +123,7 @@ impl Guest {
             count: reference,
             lockstep: 0,
         })?;
+        engine.inspect(Arc::new(strata_verify::Verifier::new()));
         let mut vcpu = engine.create_with_inputs(VcpuId(0), Inputs::Live)?;
         vcpu.stop_on_exception(true);
         user_mode(vcpu.cpu_mut());

@@ -7,8 +7,22 @@ pub struct Field {
     pub offset: u32,
     /// Bytes.
     pub size: u32,
-    /// Translated code may write it, not only read it.
-    pub writable: bool,
+    /// What blocks may do with it.
+    pub usage: Usage,
+}
+
+/// What blocks may do with a field of the context.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Usage {
+    /// Read it.
+    ReadOnly,
+    /// Read and write it; the guest may learn its value.
+    Guest,
+    /// Read and write it, in one piece of 8 bytes; the guest learns nothing of it by itself.
+    Scratch {
+        /// The called stubs leave it as it is.
+        kept: bool,
+    },
 }
 
 /// The arrays of one privilege's soft TLB: 8 bytes per entry. A tag is the negated address of a page whose own index
@@ -65,7 +79,7 @@ pub struct Layout {
     pub tlb_mask: u32,
     /// Mask that selects the page number from an address.
     pub page_mask: u32,
-    /// Mask that selects a jump-cache index from an address.
+    /// Mask that selects a jump-cache index from the sum that [`Layout::jump_slot`] has.
     pub jump_mask: u32,
     /// Entries of each jump cache.
     pub jump_entries: u64,
@@ -77,6 +91,13 @@ pub struct Layout {
     pub stubs: Stubs,
     /// Start and end of the code cache.
     pub cache: (u64, u64),
+}
+
+impl Layout {
+    /// The jump-cache index of an address: the low bits of the address + itself turned by 12 bits.
+    pub fn jump_slot(&self, address: u64) -> u64 {
+        address.wrapping_add(address.rotate_right(12)) % self.jump_entries
+    }
 }
 
 /// What the slow path does for a memory operand.

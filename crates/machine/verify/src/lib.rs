@@ -20,6 +20,12 @@
     )
 )]
 
+mod allow;
+mod flow;
 mod layout;
+mod prove;
+mod value;
+mod verifier;
 
-pub use layout::{Emitted, Field, Inspect, JumpArrays, Layout, Site, Stubs, TlbArrays};
+pub use layout::{Emitted, Field, Inspect, JumpArrays, Layout, Site, Stubs, TlbArrays, Usage};
+pub use verifier::{Proof, Verifier, verify};

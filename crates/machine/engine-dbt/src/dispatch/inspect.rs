@@ -1,6 +1,6 @@
 //! What an inspector of translated code is told: the layout of the context, and each block before it runs.
 
-use strata_verify::{Emitted, Field, JumpArrays, Layout, Site, TlbArrays};
+use strata_verify::{Emitted, Field, JumpArrays, Layout, Site, TlbArrays, Usage};
 
 use super::*;
 use crate::code::Link;
@@ -9,21 +9,25 @@ use crate::translate::Translated as Block;
 
 /// Where things are, for code in `code`.
 fn layout(code: &CodeMap, stubs: &Stubs) -> Layout {
-    let word = |offset, writable| Field {
+    let field = |offset, usage| Field {
         offset,
         size: 8,
-        writable,
+        usage,
     };
     let mut fields = vec![
-        word(off::INTERRUPTS_ON, true),
-        word(off::SYSTEM_FLAGS, false),
+        field(off::INTERRUPTS_ON, Usage::Guest),
+        field(off::SYSTEM_FLAGS, Usage::ReadOnly),
         // The request word and the deferred word behind it.
-        word(off::REQUEST, false),
-        word(off::RETIRED, true),
+        field(off::REQUEST, Usage::ReadOnly),
+        field(off::RETIRED, Usage::Guest),
     ];
-    fields.extend((0..16).map(|n| word(off::gpr(n), true)));
-    fields.extend((0..8).map(|n| word(off::temp(n), true)));
-    fields.extend((0..6).map(|n| word(off::seg_base(n), false)));
+    fields.extend((0..16).map(|n| field(off::gpr(n), Usage::Guest)));
+    fields.extend((0..6).map(|n| field(off::seg_base(n), Usage::ReadOnly)));
+    // The stubs and the slow path use words 2 to 6 themselves.
+    fields.extend((0..8).map(|n| {
+        let kept = matches!(n, 0 | 1 | 7);
+        field(off::temp(n), Usage::Scratch { kept })
+    }));
     let privileges = [Privilege::Supervisor as usize, Privilege::User as usize];
     Layout {
         fields,
