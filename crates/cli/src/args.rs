@@ -121,6 +121,9 @@ pub struct RunArgs {
     /// Run in lock-step with the reference configuration, for that many steps or all; end at the first difference.
     #[arg(long, hide = true, value_name = "STEPS", num_args = 0..=1, require_equals = true, default_missing_value = "18446744073709551615")]
     pub lockstep: Option<u64>,
+    /// Prove of each translated block that it stays inside its guest; end at the first that does not.
+    #[arg(long, hide = true)]
+    pub verify_blocks: bool,
     /// Append what the kernel's console prints to this file while CMD runs.
     #[arg(long, hide = true, value_name = "FILE")]
     pub console_log: Option<PathBuf>,

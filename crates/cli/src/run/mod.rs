@@ -83,6 +83,7 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         reference: args.reference,
         count: args.count,
         lockstep: args.lockstep.unwrap_or(0),
+        verify_blocks: args.verify_blocks,
     };
     let print_stats = args.print_stats;
     let jail = match (args.no_jail, args.require_jail) {

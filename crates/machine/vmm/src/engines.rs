@@ -8,6 +8,7 @@ use strata_engine::{Engine, EngineError, MachineClock};
 use strata_engine_dbt::{Translator, TranslatorConfig};
 use strata_engine_kvm::{Kvm, KvmConfig};
 use strata_memory::GuestMemory;
+use strata_verify::Verifier;
 
 use crate::config::EngineChoice;
 
@@ -39,6 +40,8 @@ pub struct EngineOptions {
     pub count: bool,
     /// Run this many steps in lock-step with the reference configuration and end at the first difference.
     pub lockstep: u64,
+    /// Prove of each translated block that it stays inside its guest, and end at the first that does not.
+    pub verify_blocks: bool,
 }
 
 /// The engine that a choice leads to on this host.
@@ -146,5 +149,8 @@ fn open_translator(parts: EngineParts) -> Result<Arc<AnyEngine>, EngineError> {
         count: parts.options.count,
         lockstep: parts.options.lockstep,
     })?;
+    if parts.options.verify_blocks {
+        translator.inspect(Arc::new(Verifier::new()));
+    }
     Ok(Arc::new(translator))
 }
