@@ -162,6 +162,31 @@ fn a_running_machine_tells_its_statistics() {
 }
 
 #[test]
+fn a_machine_is_watched_until_it_ends() {
+    if !ready(Need::Machine) {
+        return;
+    }
+    let mut session = Session::start(&Strata::new().args(["run", "tiny", "--name", "watched-one"]));
+    session.expect(PROMPT);
+    let mut watches = [&["--json"][..], &[]].map(|more| {
+        let watch = ["stats", "watched-one", "--watch", "0.2"];
+        Session::start(&Strata::new().args(watch).args(more))
+    });
+    // Its second look: there are rates by then.
+    watches[0].expect("\"halt\":").expect("\n").expect("\n");
+    watches[1].expect("tlb-fills").expect("\n").expect("\n");
+    session.send("poweroff\n");
+    session.finish();
+    let [json, lines] = watches.map(Session::finish);
+    assert_eq!(json.0.code(), Some(0), "{}", json.1);
+    assert_eq!(lines.0.code(), Some(0), "{}", lines.1);
+    for line in json.1.lines() {
+        let rates: serde_json::Value = serde_json::from_str(line).expect("a line of JSON");
+        assert!(rates["per-second"]["interrupts"].is_number(), "{rates}");
+    }
+}
+
+#[test]
 fn a_killed_machine_leaves_its_name_free() {
     if !ready(Need::Machine) {
         return;

@@ -166,9 +166,20 @@ pub struct InfoArgs {
 pub struct StatsArgs {
     /// The machine; all that run if not given
     pub name: Option<MachineName>,
-    /// As JSON
+    /// Go on until the machine ends, and say how much it does per second, every so many seconds
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", requires = "name", value_parser = seconds)]
+    pub watch: Option<f64>,
+    /// As JSON; with --watch an object in each line
     #[arg(long)]
     pub json: bool,
+}
+
+/// A time that a person would wait.
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.1..=86_400.0).contains(&seconds) => Ok(seconds),
+        _ => Err("give seconds, 0.1 to 86400, behind the machine's name".to_owned()),
+    }
 }
 
 /// `--engine`.

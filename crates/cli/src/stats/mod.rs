@@ -1,4 +1,8 @@
-//! `strata stats`: what running machines have done so far.
+//! `strata stats`: what running machines have done so far, and with `--watch` what they do.
+
+mod watch;
+
+use std::time::Duration;
 
 use serde::Serialize;
 use strata_engine::VcpuStats;
@@ -21,6 +25,10 @@ pub fn run(args: &StatsArgs) -> Result<(), Failure> {
     let root = RunDir::root();
     if let Some(name) = &args.name {
         RunDir::find(&root, name).map_err(|error| run_dir_failure(&error))?;
+        if let Some(seconds) = args.watch {
+            let client = connect(name).map_err(|error| client_failure(&error))?;
+            return watch::run(name, client, Duration::from_secs_f64(seconds), args.json);
+        }
         let stats = ask(name).map_err(|error| client_failure(&error))?;
         return match args.json {
             true => output::print_json(&stats),
@@ -42,14 +50,21 @@ pub fn run(args: &StatsArgs) -> Result<(), Failure> {
     output::print(&texts.join("\n"))
 }
 
+fn connect(name: &MachineName) -> Result<Client, ClientError> {
+    Client::connect(&RunDir::control_socket(&RunDir::root().join(name.as_str())))
+}
+
 fn ask(name: &MachineName) -> Result<Named, ClientError> {
-    let socket = RunDir::control_socket(&RunDir::root().join(name.as_str()));
-    let answer = Client::connect(&socket)?.ask(&Request::Stats)?;
-    let stats = serde_json::from_value(answer).map_err(|_| ClientError::Protocol)?;
+    let stats = ask_on(&mut connect(name)?)?;
     Ok(Named {
         name: name.clone(),
         stats,
     })
+}
+
+fn ask_on(client: &mut Client) -> Result<MachineStats, ClientError> {
+    let answer = client.ask(&Request::Stats)?;
+    serde_json::from_value(answer).map_err(|_| ClientError::Protocol)
 }
 
 /// The status for a run directory that cannot be had.
