@@ -28,8 +28,19 @@ pub trait DiskBackend: Send + Sync + std::fmt::Debug {
     /// Replaces the bytes at `offset` by `buf`.
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<(), DiskError>;
 
+    /// Space is given back in pieces of this many bytes: a power of two. A hint for those who discard.
+    fn granularity(&self) -> u32 {
+        4096
+    }
+
     /// Makes every write that has returned durable.
     fn flush(&self) -> Result<(), DiskError>;
+
+    /// Brings into the file what is not in it yet, because nothing will be written for now. Not a flush: it outlives
+    /// this process, but not a crash of the host.
+    fn close(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
 
     /// Says that the content of a range no longer matters: reads of it may give zeroes or the old
     /// bytes until it is written again. Backends give the space back where they can.

@@ -64,8 +64,16 @@ pub(crate) fn add_devices(
         ConsoleKind::Serial => ConsoleInput::serial(&serial),
         ConsoleKind::Virtio => add_console(chassis, output(ConsoleKind::Virtio))?,
     };
+    // A replay can only follow devices that act at the instruction that makes them act.
+    let at_once = ends.engine_options.lockstep != 0;
     for (index, disk) in disks.into_iter().enumerate() {
-        add_disk(chassis, index, disk)?;
+        let id = format!("disk{index}");
+        let device = if at_once {
+            Blk::new(disk, &id)
+        } else {
+            Blk::with_worker(disk, &id, config.cpus)
+        };
+        add_disk(chassis, index, &id, device)?;
     }
     add_vsock(chassis, config, ends)?;
     Ok(console)
@@ -114,12 +122,7 @@ fn add_console(chassis: &mut Chassis, output: ConsoleOutput) -> Result<ConsoleIn
     Ok(ConsoleInput::virtio(input))
 }
 
-fn add_disk(
-    chassis: &mut Chassis,
-    index: usize,
-    backend: Arc<dyn DiskBackend>,
-) -> Result<(), BuildError> {
-    let id = format!("disk{index}");
+fn add_disk(chassis: &mut Chassis, index: usize, id: &str, device: Blk) -> Result<(), BuildError> {
     let slot = u8::try_from(index)
         .ok()
         .and_then(|index| slot::DISKS.checked_add(index))
@@ -127,7 +130,7 @@ fn add_disk(
     let slot = slot.ok_or_else(|| BuildError::TooManyDisks {
         max: slot::END - slot::DISKS,
     })?;
-    chassis.add_virtio(slot, &id, Blk::new(backend, &id))
+    chassis.add_virtio(slot, id, device)
 }
 
 /// Opens the configuration's disks, in their order.

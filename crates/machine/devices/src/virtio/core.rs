@@ -176,7 +176,13 @@ impl SharedCore {
 
     /// From now on the device is not called, whatever the driver and the host do.
     pub fn pause(&self) {
-        self.lock().paused = true;
+        let mut core = self.lock();
+        if !core.paused {
+            if core.device.settle() {
+                core.call(Call::HostEvent);
+            }
+            core.paused = true;
+        }
     }
 
     /// Ends a pause; what was missed is made up for.

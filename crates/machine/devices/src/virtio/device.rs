@@ -72,7 +72,13 @@ pub trait VirtioDevice: Send {
         Ok(())
     }
 
-    /// Back to how it was before `activate`. Input from the host that the guest has not taken stays.
+    /// Waits until no thread of the device's own is at work for the driver. True if `host_event` is to be called for
+    /// what was done. Called before the device is paused.
+    fn settle(&mut self) -> bool {
+        false
+    }
+
+    /// Back to how it was before `activate`; nothing of the driver's memory is touched any more. Input from the host that the guest has not taken stays.
     fn reset(&mut self);
 
     /// The machine ends: whoever on the host waits for the guest is to give up. Nothing follows.

@@ -555,7 +555,7 @@ proptest! {
     #[test]
     fn hostile_rings_are_survived(
         rounds in prop::collection::vec(hostile_round(), 1..30),
-        device in 0..5_u32,
+        device in 0..6_u32,
         queue in 0..2_u16,
     ) {
         let begun = Instant::now();
@@ -569,6 +569,7 @@ fn hostile_run(device: u32, queue: u16, rounds: &[HostileRound]) -> u32 {
         0 => hostile(Echo::default(), queue, rounds),
         1 => hostile(Rng::with_source(std::io::repeat(1)), 0, rounds),
         2 => hostile(Blk::new(Arc::new(NoDisk), ""), 0, rounds),
+        4 => hostile(Blk::with_worker(Arc::new(NoDisk), "", 2), queue, rounds),
         3 => {
             let size = ConsoleSize {
                 columns: 80,

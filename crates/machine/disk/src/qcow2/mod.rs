@@ -68,6 +68,7 @@ const RELEASED_MAX: usize = 4096;
 #[derive(Debug)]
 pub struct Qcow2 {
     size: u64,
+    cluster: u32,
     readonly: bool,
     state: Mutex<State>,
 }
@@ -196,7 +197,7 @@ impl Qcow2 {
                 })?)
             }
         };
-        let size = header.size;
+        let (size, cluster) = (header.size, header.cluster() as u32);
         let state = State::new(file, header, backing).map_err(|error| match error {
             Failed::Io(source) => failed(source),
             Failed::Damaged(reason) => refused(Refusal::Damaged(reason)),
@@ -204,6 +205,7 @@ impl Qcow2 {
         })?;
         Ok(Qcow2 {
             size,
+            cluster,
             readonly: access == Access::ReadOnly,
             state: Mutex::new(state),
         })
@@ -269,6 +271,16 @@ impl DiskBackend for Qcow2 {
             .map_err(|error| error.during("flush", 0, self.size))
     }
 
+    fn granularity(&self) -> u32 {
+        self.cluster
+    }
+
+    fn close(&self) -> Result<(), DiskError> {
+        self.state()
+            .close()
+            .map_err(|error| error.during("close", 0, self.size))
+    }
+
     fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
         self.change("discard", offset, len, |state| state.discard(offset, len))
     }
@@ -283,11 +295,8 @@ impl DiskBackend for Qcow2 {
 impl Drop for Qcow2 {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if state.changed {
-            // Nobody is left to hear of an error. Without these two the image is valid, but lacks what was not flushed
-            // and has clusters that are not used.
-            let _ = state.commit().and_then(|()| state.write_refcounts());
-        }
+        // Nobody is left to hear of an error. Without this the image is valid, but lacks what was not flushed.
+        let _ = state.close();
     }
 }
 
@@ -398,6 +407,15 @@ impl State {
         let result = self.try_commit();
         self.broken = result.is_err();
         result
+    }
+
+    /// A commit, and then also the refcounts that it counted down: without them clusters would be counted in vain.
+    fn close(&mut self) -> Result<(), Failed> {
+        if !self.changed {
+            return Ok(());
+        }
+        self.commit()?;
+        self.write_refcounts()
     }
 
     fn try_commit(&mut self) -> Result<(), Failed> {

@@ -1,11 +1,14 @@
 //! Tests of the block device through the fake driver.
 
+use super::requests::Status;
 use super::*;
-use crate::virtio::testutil::Driver;
+use crate::virtio::testutil::{Driver, wait_until};
 use proptest::prelude::*;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use strata_disk::DiskError;
 
+const QUEUE: u16 = 0;
 const SECTORS: u64 = 64;
 
 /// A disk in memory that counts flushes and can be made to fail.
@@ -15,6 +18,9 @@ struct TestDisk {
     readonly: bool,
     failing: AtomicBool,
     flushes: AtomicU32,
+    begun: AtomicU32,
+    slow_ms: AtomicU32,
+    closed: AtomicBool,
 }
 
 impl TestDisk {
@@ -31,6 +37,9 @@ impl TestDisk {
 
     fn check(&self, offset: u64, len: usize) -> Result<std::ops::Range<usize>, DiskError> {
         let (size, len) = (self.size(), len as u64);
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        let slow = self.slow_ms.load(Ordering::SeqCst);
+        std::thread::sleep(std::time::Duration::from_millis(u64::from(slow)));
         if self.failing.load(Ordering::SeqCst) {
             let source = std::io::Error::other("test");
             return Err(DiskError::Io {
@@ -68,6 +77,10 @@ impl DiskBackend for TestDisk {
     fn flush(&self) -> Result<(), DiskError> {
         self.check(0, 0)?;
         self.flushes.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+    fn close(&self) -> Result<(), DiskError> {
+        self.closed.store(true, Ordering::SeqCst);
         Ok(())
     }
     fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
@@ -111,6 +124,7 @@ fn configuration() {
     assert_eq!(config[0..8], SECTORS.to_le_bytes());
     assert_eq!(config[12..16], 254_u32.to_le_bytes());
     assert_eq!(config[20..24], 512_u32.to_le_bytes());
+    assert_eq!(config[24..32], [3, 0, 8, 0, 0, 0, 0, 0]);
     assert_eq!((config[32], &config[34..36]), (1, &[1, 0][..]));
     assert_eq!(config[36..40], RANGE_SECTORS_MAX.to_le_bytes());
     assert_eq!(config[52..56], RANGES_MAX.to_le_bytes());
@@ -120,6 +134,69 @@ fn configuration() {
     let driver = blk(&TestDisk::new(true), F_FLUSH);
     let offered = driver.core().device_features();
     assert_eq!(offered & (F_RO | F_DISCARD | F_WRITE_ZEROES), F_RO);
+}
+
+#[test]
+fn a_queue_for_each_cpu() {
+    let queues = |cpus| {
+        let driver = Driver::new(Blk::with_worker(TestDisk::new(false), "", cpus));
+        let offered = driver.core().device_features() & F_MQ != 0;
+        let stated = driver.config(34, 2)[0];
+        assert_eq!(u16::from(stated), driver.core().queue_count());
+        (stated, offered)
+    };
+    let all = [1, 2, 8, 64].map(queues);
+    assert_eq!(all, [(1, false), (2, true), (8, true), (8, true)]);
+}
+
+#[test]
+fn a_worker_does_the_requests_of_all_queues() {
+    let disk = TestDisk::new(false);
+    let mut driver = Driver::new(Blk::with_worker(disk.clone(), "", 4));
+    driver.start(F_FLUSH | F_MQ);
+    for queue in 0..4 {
+        let sector = u64::from(queue);
+        let data = [queue as u8 + 100; 512];
+        let used = driver.request_eventually(queue, &[&header(T_OUT, sector), &data], &[1]);
+        assert_eq!(used.bytes, [0]);
+    }
+    let used = driver.request_eventually(3, &[&header(T_IN, 0)], &[2048, 1]);
+    let bytes: Vec<u8> = used.bytes.chunks(512).map(|sector| sector[0]).collect();
+    assert_eq!(bytes, [100, 101, 102, 103, 0]);
+    assert_eq!(driver.interrupts(3), 2);
+}
+
+/// Requests that are under way when the driver resets the device or the machine is paused.
+#[test]
+fn a_reset_and_a_pause_wait_for_the_worker() {
+    let disk = TestDisk::new(false);
+    let slow = || disk.slow_ms.store(50, Ordering::SeqCst);
+    let begun = |count| wait_until(|| disk.begun.load(Ordering::SeqCst) == count);
+    let mut driver = Driver::new(Blk::with_worker(disk.clone(), "", 1));
+    driver.start(F_FLUSH);
+    slow();
+    let token = driver.submit(QUEUE, &[&header(T_IN, 7)], &[512, 1]);
+    assert!(
+        driver.used(QUEUE, token).is_none(),
+        "the doorbell does not wait"
+    );
+    driver.shared().pause();
+    assert_eq!(driver.used(QUEUE, token).unwrap().bytes[0], 7);
+    driver.shared().start();
+    let token = driver.submit(QUEUE, &[&header(T_OUT, 7), &[1; 512]], &[1]);
+    assert!(driver.used(QUEUE, token).is_none());
+    begun(2);
+    driver.reset();
+    assert_eq!(disk.bytes.lock().unwrap()[7 * 512], 1);
+    driver.start(F_FLUSH);
+    let used = driver.request_eventually(QUEUE, &[&header(T_IN, 7)], &[512, 1]);
+    assert_eq!(used.bytes[0], 1);
+    // The end waits too, and closes the disk.
+    driver.submit(QUEUE, &[&header(T_OUT, 8), &[2; 512]], &[1]);
+    begun(4);
+    driver.shared().close();
+    assert_eq!(disk.bytes.lock().unwrap()[8 * 512], 2);
+    assert!(disk.closed.load(Ordering::SeqCst));
 }
 
 #[test]
