@@ -18,6 +18,8 @@ use crate::mmu::OperandAccess;
 
 /// Bytes of the code cache.
 pub const CACHE_SIZE: usize = 128 << 20;
+/// In place of a vector in [`InterpretSite::fault`]: a debugger's breakpoint, before which the run ends.
+pub const BREAKPOINT: u8 = 0xff;
 /// A translation never needs more than this.
 pub const BLOCK_ROOM: usize = 64 << 10;
 
@@ -179,6 +181,8 @@ pub struct CodeMap {
     fault_points: Vec<FaultPoint>,
     /// Set whenever a block died; the slow path then leaves translated code, because it may be the running one.
     pub stale: bool,
+    /// Linear addresses before whose instructions a debugger stops the run; the cache is flushed when they change.
+    pub breakpoints: Vec<u64>,
 }
 
 // SAFETY: the mappings belong to this value alone; everything else is plain data.
@@ -237,6 +241,7 @@ impl CodeMap {
             branch_sites: Vec::new(),
             fault_points: Vec::new(),
             stale: false,
+            breakpoints: Vec::new(),
         })
     }
 

@@ -7,12 +7,13 @@ use std::time::Instant;
 use iced_x86::Instruction;
 use strata_engine::x86::{CpuState, X86};
 use strata_engine::{
-    EngineError, Exit, ExitCause, Input, InputLog, Inputs, IoBus, Kicker, Vcpu, VcpuStats,
+    EngineError, Exit, ExitCause, GuestDebug, Input, InputLog, Inputs, IoBus, Kicker, Vcpu,
+    VcpuStats,
 };
 use strata_memory::Gpa;
 use strata_verify::Inspect;
 
-use crate::code::{BranchSite, CodeMap, Key, Next as After};
+use crate::code::{BREAKPOINT, BranchSite, CodeMap, Key, Next as After};
 use crate::cpu::{BOUNCE_SIZE, Context, Cpu, flags, request};
 use crate::env::{Access, Env, Exec, Fault};
 use crate::interpret::Next;
@@ -54,6 +55,8 @@ pub struct Translated {
     /// Exceptions end the run instead of being delivered.
     stop_on_exception: bool,
     stopped: Option<Fault>,
+    /// What a debugger wants.
+    debug: GuestDebug,
     /// Looks at every block before it runs.
     inspector: Option<Arc<dyn Inspect>>,
 }
@@ -103,6 +106,7 @@ impl Translated {
             generation: 0,
             stop_on_exception: false,
             stopped: None,
+            debug: GuestDebug::default(),
             inspector: None,
         })
     }
@@ -161,6 +165,9 @@ impl Translated {
             if let Some(exit) = self.step(bus)? {
                 return Ok(exit);
             }
+            if self.debug.step {
+                return Ok(Exit::Debug);
+            }
         }
     }
 
@@ -188,7 +195,8 @@ impl Translated {
                 self.cpu.raise_request(request::INTERRUPT);
                 return Some(Exit::Kicked);
             }
-            if self.cpu.interrupt_shadow {
+            let stepped = self.debug.step && !self.cpu.halted && !self.cpu.wait_for_sipi;
+            if self.cpu.interrupt_shadow || stepped {
                 self.cpu.raise_request(request::INTERRUPT);
                 return None;
             }
@@ -293,6 +301,9 @@ impl Translated {
         let mut mode = Mode::of(&self.cpu);
         if self.cpu.debug_before() {
             return Ok(self.raise(bus, Fault::plain(1)));
+        }
+        if self.debug.step {
+            mode = mode.single();
         }
         if self.cpu.interrupt_shadow {
             self.cpu.interrupt_shadow = false;
@@ -427,6 +438,9 @@ impl Translated {
         if self.options.count {
             self.cpu.retired += u64::from(site.index);
         }
+        if site.fault == Some(BREAKPOINT) {
+            return Ok(Some(Exit::Debug));
+        }
         if let Some(vector) = site.fault {
             return Ok(self.raise(bus, Fault::plain(vector)));
         }
@@ -514,6 +528,17 @@ impl Vcpu<X86> for Translated {
 
     fn kicker(&self) -> Arc<dyn Kicker> {
         Arc::clone(&self.shared) as Arc<dyn Kicker>
+    }
+
+    fn debug(&mut self, wish: &GuestDebug) -> Result<(), EngineError> {
+        if wish.breakpoints != self.debug.breakpoints {
+            self.code.breakpoints.clone_from(&wish.breakpoints);
+            self.code
+                .flush(&mut self.cpu, &self.env.memory, &mut self.env.stats);
+            self.generation += 1;
+        }
+        self.debug.clone_from(wish);
+        Ok(())
     }
 
     fn stats(&self) -> VcpuStats {

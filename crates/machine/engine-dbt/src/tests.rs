@@ -1,5 +1,6 @@
 //! Small programs through the whole engine: translated and interpreted code, page tables, exits.
 
+mod debugger;
 mod modes;
 
 use std::sync::{Arc, Mutex};

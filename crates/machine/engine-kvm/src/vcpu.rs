@@ -3,10 +3,15 @@
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_device_attr, kvm_msr_entry};
+use kvm_bindings::{
+    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_VCPU_TSC_CTRL,
+    KVM_VCPU_TSC_OFFSET, Msrs, kvm_device_attr, kvm_guest_debug, kvm_msr_entry,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use strata_engine::x86::{CpuState, CpuidContext, Feature, MsrIndex, X86};
-use strata_engine::{EngineError, Exit, ExitCause, IoBus, Kicker, Vcpu, VcpuId, VcpuStats};
+use strata_engine::{
+    EngineError, Exit, ExitCause, GuestDebug, IoBus, Kicker, Vcpu, VcpuId, VcpuStats,
+};
 use strata_memory::Gpa;
 
 use crate::cpuid;
@@ -20,6 +25,8 @@ const KVM_INTERRUPT: libc::c_ulong = 0x4004_ae86;
 /// `_IOW(KVMIO, 0xe1 and 0xe2, struct kvm_device_attr)`, which they lack for vCPUs on x86.
 const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
 const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
+/// DR7: exact breakpoints, and the bit that is always one.
+const DR7_EXACT: u64 = 1 << 9 | 1 << 10;
 /// Types of segments (Intel SDM vol. 3, 3.4.5.1 and 3.5): accessed, and readable or writable.
 const CODE: u8 = 11;
 const DATA: u8 = 3;
@@ -57,6 +64,7 @@ enum Wish {
     MmioWrite(u64, [u8; 8], usize),
     EndOfInterrupt(u8),
     Shutdown,
+    Debug,
     Again,
     Fail(Failure),
 }
@@ -279,6 +287,7 @@ impl KvmVcpu {
                 }
                 Wish::EndOfInterrupt(vector) => bus.end_of_interrupt(vector),
                 Wish::Shutdown => return Ok(Exit::Shutdown),
+                Wish::Debug => return Ok(Exit::Debug),
                 Wish::Fail(failure) => return Err(self.describe(failure)),
             }
         }
@@ -456,6 +465,7 @@ fn wish(exit: VcpuExit<'_>) -> Wish {
         }
         VcpuExit::IoapicEoi(vector) => Wish::EndOfInterrupt(vector),
         VcpuExit::Shutdown => Wish::Shutdown,
+        VcpuExit::Debug(_) => Wish::Debug,
         // The kernel halts by itself; the others only give us a chance to act.
         VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => Wish::Again,
         VcpuExit::InternalError => Wish::Fail(Failure::Internal),
@@ -518,6 +528,31 @@ impl Vcpu<X86> for KvmVcpu {
 
     fn kicker(&self) -> Arc<dyn Kicker> {
         Arc::clone(&self.shared) as Arc<dyn Kicker>
+    }
+
+    fn debug(&mut self, wish: &GuestDebug) -> Result<(), EngineError> {
+        let mut debug = kvm_guest_debug::default();
+        let [registers @ .., _, _, _, control] = &mut debug.arch.debugreg;
+        if wish.breakpoints.len() > registers.len() {
+            return Err(EngineError::InvalidState(
+                "a CPU has four breakpoints".to_owned(),
+            ));
+        }
+        for (index, (register, address)) in registers.iter_mut().zip(&wish.breakpoints).enumerate()
+        {
+            *register = *address;
+            // Globally on, at an instruction: DR7 (Intel SDM vol. 3, 18.2.4).
+            *control |= 2 << (2 * index) | DR7_EXACT;
+        }
+        if !wish.breakpoints.is_empty() {
+            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+        }
+        if wish.step {
+            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
+        }
+        self.fd
+            .set_guest_debug(&debug)
+            .map_err(failed("setting breakpoints"))
     }
 
     fn stats(&self) -> VcpuStats {

@@ -36,4 +36,4 @@ pub use clock::{ClockState, MachineClock};
 pub use inputs::{Input, InputError, InputLog, Inputs};
 pub use interrupt::{Doorbell, DoorbellAddress, DoorbellSpace, InterruptSink, MsiMessage};
 pub use stats::{ExitCause, VcpuStats};
-pub use vcpu::{Arch, Engine, EngineError, Exit, IoBus, Kicker, Vcpu, VcpuId};
+pub use vcpu::{Arch, Engine, EngineError, Exit, GuestDebug, IoBus, Kicker, Vcpu, VcpuId};

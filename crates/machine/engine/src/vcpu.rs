@@ -41,6 +41,19 @@ pub enum Exit {
     Shutdown,
     /// The vCPU waits for a start-up message from another vCPU and can only be started or kicked.
     WaitingForStartup,
+    /// A breakpoint of a debugger was met, or its step is done.
+    Debug,
+}
+
+/// What a debugger wants of a vCPU. The guest sees nothing of it.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct GuestDebug {
+    /// Come back with [`Exit::Debug`] after one instruction, or at the first one of an exception's handler. No interrupt
+    /// is taken before it unless the vCPU is halted.
+    pub step: bool,
+    /// Come back with [`Exit::Debug`] before the instruction at any of these linear addresses, also if the run begins
+    /// there.
+    pub breakpoints: Vec<u64>,
 }
 
 /// An engine could not create or run a vCPU: the machine cannot go on.
@@ -118,6 +131,13 @@ pub trait Vcpu<A: Arch>: Send {
 
     /// A handle that other threads use to interrupt this vCPU.
     fn kicker(&self) -> Arc<dyn Kicker>;
+
+    /// Sets what a debugger wants, in place of what it wanted before. Only between runs.
+    fn debug(&mut self, _wish: &GuestDebug) -> Result<(), EngineError> {
+        Err(EngineError::Internal(
+            "this engine cannot be debugged".to_owned(),
+        ))
+    }
 
     /// What this vCPU did so far.
     fn stats(&self) -> VcpuStats;

@@ -4,7 +4,7 @@ use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Instruc
 
 use super::{MAX_INSTRUCTIONS, Mode, Options};
 use crate::asm::{Asm, Here};
-use crate::code::{CodeMap, FaultPoint, InterpretSite, Key, Link, Next};
+use crate::code::{BREAKPOINT, CodeMap, FaultPoint, InterpretSite, Key, Link, Next};
 use crate::cpu::{Privilege, off};
 use crate::raw::Raw;
 use crate::stubs::Stubs;
@@ -146,6 +146,16 @@ pub fn translate(
             builder.fall_through(after_sti);
             break start;
         }
+        if builder.code.breakpoints.contains(&builder.linear(start)) {
+            if builder.index > 0 {
+                builder.fall_through(after_sti);
+                break start;
+            }
+            instr.set_ip(key.rip);
+            builder.interpret(&instr, Some(BREAKPOINT));
+            builder.index += 1;
+            break start + 1;
+        }
         decoder.decode_out(&mut instr);
         if decoder.last_error() == DecoderError::NoMoreBytes {
             if builder.index > 0 {
@@ -218,6 +228,16 @@ impl Builder<'_> {
         }
     }
 
+    /// Linear address of a byte of the block.
+    fn linear(&self, offset: usize) -> u64 {
+        let linear = self.key.rip.wrapping_add(self.key.cs_base);
+        let linear = linear.wrapping_add(offset as u64);
+        match self.mode.bits() {
+            64 => linear,
+            _ => linear & 0xffff_ffff,
+        }
+    }
+
     /// Truncates an instruction pointer to the code size.
     pub fn wrap(&self, rip: u64) -> u64 {
         match self.mode.bits() {
@@ -276,7 +296,7 @@ impl Builder<'_> {
 
     /// Leaves for the interpreter; the block ends.
     pub fn interpret(&mut self, instr: &Instruction, fault: Option<u8>) -> bool {
-        let fault = if instr.code() == Code::INVALID {
+        let fault = if instr.code() == Code::INVALID && fault != Some(BREAKPOINT) {
             Some(6)
         } else {
             fault
