@@ -292,7 +292,7 @@ impl Machine {
             Ok(Exit::Kicked) if self.state == InstanceState::Running => {
                 (!vcpu.run()).then_some(Outcome::Crashed(Crash::ThreadGone { cpu }))
             }
-            Ok(Exit::Kicked | Exit::WaitingForStartup) => None,
+            Ok(Exit::Kicked | Exit::WaitingForStartup | Exit::Debug) => None,
             Ok(Exit::Shutdown) => Some(Outcome::Crashed(Crash::TripleFault { cpu })),
             Err(source) => Some(Outcome::Crashed(Crash::Engine { cpu, source })),
         }
