@@ -38,6 +38,9 @@ pub enum Command {
     },
 }
 
+/// The default is an image's own or the machine configuration's.
+const MEMORY_HELP: &str = "Size of memory, with a unit: 512M, 1G; the image's default, or 512M";
+
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 #[command(override_usage = "strata run [OPTIONS] IMAGE [-- CMD...]\n       \
@@ -67,9 +70,8 @@ pub struct RunArgs {
     /// Number of CPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
-    /// Size of memory, with a unit: 512M, 1G
-    #[arg(long, value_name = "SIZE", default_value_t = strata_vmm::MachineConfig::MEMORY_DEFAULT, allow_hyphen_values = true)]
-    pub memory: ByteSize,
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, help = MEMORY_HELP)]
+    pub memory: Option<ByteSize>,
     /// How guest code is run
     #[arg(long, value_name = "ENGINE", value_enum, default_value = "auto")]
     pub engine: EngineArg,
@@ -142,15 +144,44 @@ pub enum ImageCommand {
         json: bool,
     },
     /// Build an image, in place of an older one
-    Build {
-        /// Its name
-        name: String,
-    },
+    Build(BuildArgs),
     /// Remove an image
     Rm {
         /// Its name
         name: String,
     },
+}
+
+/// Arguments of `image build`.
+#[derive(Debug, Args)]
+pub struct BuildArgs {
+    /// Its name: a recipe's, or with --from one of your own
+    pub name: String,
+    /// Make an image of your own from this recipe
+    #[arg(long, value_name = "RECIPE")]
+    pub from: Option<String>,
+    /// Add packages and what they need; may be given several times
+    #[arg(
+        long = "package",
+        value_name = "NAME,...",
+        value_delimiter = ',',
+        requires = "from"
+    )]
+    pub packages: Vec<String>,
+    /// Size of the root disk, with a unit: 8G
+    #[arg(
+        long,
+        value_name = "SIZE",
+        requires = "from",
+        allow_hyphen_values = true
+    )]
+    pub size: Option<ByteSize>,
+    /// Fetch packages from this mirror of Debian
+    #[arg(long, value_name = "URL")]
+    pub mirror: Option<String>,
+    /// Let whoever has the key to this public key in as root
+    #[arg(long, value_name = "FILE", requires = "from")]
+    pub ssh_key: Option<PathBuf>,
 }
 
 /// Arguments of `info`.
@@ -335,7 +366,7 @@ mod tests {
         assert_eq!(run.command, ["ls", "-l", "--kernel"]);
         assert_eq!(run.disks.len(), 2);
         assert_eq!(run.disks[0].access, DiskAccess::ReadOnly);
-        assert_eq!(run.memory, ByteSize::mebibytes(1024));
+        assert_eq!(run.memory, Some(ByteSize::mebibytes(1024)));
         assert!(run.no_terminal && !run.terminal);
     }
 
@@ -350,7 +381,7 @@ mod tests {
         let run = run("run --kernel k --initrd i --append console=ttyS0");
         assert_eq!(run.kernel, Some("k".into()));
         assert_eq!(run.append.as_deref(), Some("console=ttyS0"));
-        assert_eq!(run.memory, ByteSize::mebibytes(512));
+        assert_eq!(run.memory, None);
     }
 
     #[test]

@@ -1,14 +1,20 @@
 //! `strata image`: what images are here, making them, removing them; and finding the one that `run` names.
 
-use std::io::IsTerminal;
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, IsTerminal, Read};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
-use strata_image::{Image, ImageError, Phase, Progress, Quiet, Recipe, Store};
+use strata_image::{
+    Image, ImageError, Job, Manifest, Order, Phase, Progress, Quiet, Recipe, Store, Workshop,
+};
 
-use crate::args::ImageCommand;
+use crate::args::{BuildArgs, ImageCommand};
 use crate::exit::{ExitCode, Failure, chain, code_of_io};
 use crate::output;
 
@@ -17,8 +23,12 @@ pub fn run(command: &ImageCommand) -> Result<(), Failure> {
     let store = store()?;
     match command {
         ImageCommand::Ls { json } => list(&store, *json),
-        ImageCommand::Build { name } => {
-            let image = build(&store, name, Store::build)?;
+        ImageCommand::Build(args) => {
+            let name = &args.name;
+            let order = order(args)?;
+            let image = build(name, |progress| {
+                store.build(name, &order, &OwnMachines, progress)
+            })?;
             let size = mebibytes(image.size());
             output::print(&format!(
                 "{name}: {size}, Linux {}\n",
@@ -31,7 +41,123 @@ pub fn run(command: &ImageCommand) -> Result<(), Failure> {
 
 /// The image that a machine is to be made from, built first if it is missing or out of date.
 pub fn find_or_build(name: &str) -> Result<Image, Failure> {
-    build(&store()?, name, Store::get_or_build)
+    let store = store()?;
+    build(name, |progress| {
+        store.get_or_build(name, &OwnMachines, progress)
+    })
+}
+
+fn order(args: &BuildArgs) -> Result<Order, Failure> {
+    let mut packages = args.packages.clone();
+    packages.sort();
+    packages.dedup();
+    const MIB: u64 = 1 << 20;
+    Ok(Order {
+        from: args.from.clone().unwrap_or_else(|| args.name.clone()),
+        packages,
+        size_mib: args.size.map(|size| size.get().div_ceil(MIB)),
+        mirror: args.mirror.clone(),
+        ssh_keys: args.ssh_key.as_deref().map(ssh_keys).transpose()?,
+    })
+}
+
+/// Most bytes that a file of public keys may have.
+const KEYS_MAX: u64 = 64 << 10;
+
+/// The lines of a file with public keys.
+pub fn ssh_keys(path: &Path) -> Result<String, Failure> {
+    let io = |error: std::io::Error| {
+        let message = format!("cannot read {}: {error}", path.display());
+        Failure::new(code_of_io(&error), message)
+    };
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(io)?;
+    file.take(KEYS_MAX).read_to_string(&mut text).map_err(io)?;
+    let lines: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .collect();
+    // The private half is the file with the shorter name.
+    if lines.is_empty() || lines.iter().any(|line| !is_public_key(line)) {
+        let message = format!(
+            "{} is not a public key: give the file that ends in .pub",
+            path.display()
+        );
+        return Err(Failure::new(ExitCode::Data, message));
+    }
+    Ok(lines.iter().map(|line| format!("{line}\n")).collect())
+}
+
+/// Whether a line of `authorized_keys` has a key: a word for its kind, and then its base64, which begins like that.
+fn is_public_key(line: &str) -> bool {
+    let words: Vec<&str> = line.split_ascii_whitespace().collect();
+    let plain = |c: char| c == '\t' || !c.is_control();
+    line.chars().all(plain) && words.windows(2).any(|pair| pair[1].starts_with("AAAA"))
+}
+
+/// Machines in processes of their own: this program, once more.
+struct OwnMachines;
+
+impl Workshop for OwnMachines {
+    fn run(&self, job: &Job, heard: &mut dyn FnMut(&str)) -> Result<(), String> {
+        let failed = |error: std::io::Error| format!("cannot start a machine: {error}");
+        // A comma in a name is written twice.
+        let disk = |path: &Path, options: &str| {
+            let path = path.as_os_str().as_bytes();
+            let mut argument: Vec<u8> = Vec::with_capacity(path.len() + options.len());
+            for &byte in path {
+                argument.extend(if byte == b',' {
+                    &b",,"[..]
+                } else {
+                    std::slice::from_ref(&byte)
+                });
+            }
+            argument.extend(options.as_bytes());
+            OsString::from_vec(argument)
+        };
+        let mut child = Command::new(std::env::current_exe().map_err(failed)?)
+            .args(["run", "--cpus", "1", "--memory"])
+            .arg(format!("{}M", job.memory_mib))
+            .arg("--kernel")
+            .arg(&job.kernel)
+            .arg("--initrd")
+            .arg(&job.initrd)
+            .arg("--append")
+            .arg(&job.command_line)
+            .arg("--disk")
+            .arg(disk(&job.target, ",format=raw"))
+            .arg("--disk")
+            .arg(disk(&job.source, ",ro,format=raw"))
+            .args(["--on-reboot", "exit"])
+            .stdin(job.lock.try_clone().map_err(failed)?)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(failed)?;
+        if let Some(stdout) = child.stdout.take() {
+            let mut lines = BufReader::new(stdout);
+            let mut line = Vec::new();
+            while lines
+                .read_until(b'\n', &mut line)
+                .is_ok_and(|length| length > 0)
+            {
+                heard(&String::from_utf8_lossy(&line));
+                line.clear();
+            }
+        }
+        let mut errors = String::new();
+        if let Some(stderr) = child.stderr.take() {
+            // Without its words there is still its status.
+            let _ = stderr.take(64 << 10).read_to_string(&mut errors);
+        }
+        let status = child.wait().map_err(failed)?;
+        match (status.success(), errors.lines().next()) {
+            (true, _) => Ok(()),
+            (false, Some(line)) => Err(line.to_owned()),
+            (false, None) => Err(format!("it ended with {status}")),
+        }
+    }
 }
 
 fn store() -> Result<Store, Failure> {
@@ -41,17 +167,16 @@ fn store() -> Result<Store, Failure> {
 }
 
 fn build(
-    store: &Store,
     name: &str,
-    work: impl Fn(&Store, &str, &dyn Progress) -> Result<Image, ImageError>,
+    work: impl Fn(&dyn Progress) -> Result<Image, ImageError>,
 ) -> Result<Image, Failure> {
     let result = if std::io::stderr().is_terminal() {
         let bar = Bar::new(name);
-        let result = work(store, name, &bar);
+        let result = work(&bar);
         bar.clear();
         result
     } else {
-        work(store, name, &Quiet)
+        work(&Quiet)
     };
     result.map_err(|error| failure(&error))
 }
@@ -66,7 +191,10 @@ struct Entry {
     /// Whether building it now would make the same.
     current: bool,
     about: String,
+    /// What it takes on this host.
     size_bytes: Option<u64>,
+    /// What the guest sees.
+    root_disk_bytes: Option<u64>,
     kernel_release: Option<String>,
     created_unix_s: Option<u64>,
 }
@@ -99,17 +227,18 @@ fn entries(store: &Store) -> Result<Vec<Entry>, Failure> {
     let manifests = store.list().map_err(|error| failure(&error))?;
     let mut entries: Vec<Entry> = manifests
         .into_iter()
-        .map(|manifest| Entry {
-            built: true,
-            current: Recipe::get(&manifest.name).is_ok()
-                && store
-                    .get(&manifest.name)
-                    .is_ok_and(|image| image.is_current()),
-            about: manifest.about,
-            size_bytes: Some(manifest.kernel.size + manifest.initrd.size),
-            kernel_release: Some(manifest.kernel_release),
-            created_unix_s: Some(manifest.created_unix_s),
-            name: manifest.name,
+        .map(|manifest| {
+            let image = store.get(&manifest.name).ok();
+            Entry {
+                built: true,
+                current: image.is_some() && manifest.is_current(),
+                about: about(&manifest),
+                size_bytes: image.map(|image| image.size()),
+                root_disk_bytes: manifest.disk.as_ref().map(|disk| disk.size),
+                kernel_release: Some(manifest.kernel_release),
+                created_unix_s: Some(manifest.created_unix_s),
+                name: manifest.name,
+            }
         })
         .collect();
     for name in Recipe::names() {
@@ -121,6 +250,7 @@ fn entries(store: &Store) -> Result<Vec<Entry>, Failure> {
                 current: false,
                 about,
                 size_bytes: None,
+                root_disk_bytes: None,
                 kernel_release: None,
                 created_unix_s: None,
             });
@@ -130,14 +260,33 @@ fn entries(store: &Store) -> Result<Vec<Entry>, Failure> {
     Ok(entries)
 }
 
+/// What an image is; of one's own, what it was made of.
+fn about(manifest: &Manifest) -> String {
+    let Some(order) = manifest.order.as_ref().filter(|_| manifest.is_own()) else {
+        return manifest.about.clone();
+    };
+    let mut about = format!("from {}", order.from);
+    if !order.packages.is_empty() {
+        about.push_str(&format!(" with {}", order.packages.join(", ")));
+    }
+    about
+}
+
 fn mebibytes(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 fn failure(error: &ImageError) -> Failure {
     let code = match error {
-        ImageError::BadName(_) => ExitCode::Usage,
-        ImageError::NotFound(_) | ImageError::NoRecipe { .. } => ExitCode::NoInput,
+        ImageError::BadName(_)
+        | ImageError::BadPackageName(_)
+        | ImageError::BadMirror(_)
+        | ImageError::BadSize { .. }
+        | ImageError::NoRootDisk { .. }
+        | ImageError::Reserved(_) => ExitCode::Usage,
+        ImageError::NotFound(_) | ImageError::NoRecipe { .. } | ImageError::NoPackage { .. } => {
+            ExitCode::NoInput
+        }
         ImageError::BadManifest { .. }
         | ImageError::LaterManifest { .. }
         | ImageError::Damaged { .. }

@@ -1,8 +1,10 @@
 //! The first process of our guests, and the agent inside them: one small static binary.
 //!
 //! It mounts what programs expect, loads the modules this machine's devices need, and then does what the kernel command
-//! line asks for ([`options::Options`]): serve the host's agent connections, give a root shell on a console, or run one
-//! program. It owns nothing on disk and keeps no state. It never guesses: what it cannot do it says on the console.
+//! line asks for ([`options::Options`]): serve the host's agent connections, give a root shell on a console, run one
+//! program, or hand the machine over to the system on a root disk. In such a system the same binary, started as `agent`,
+//! is the agent only. It owns nothing on disk and keeps no state. It never guesses: what it cannot do it says on the
+//! console.
 //!
 //! | module | what it is |
 //! |---|---|
@@ -11,6 +13,7 @@
 //! | [`supervisor`] | process 1: starts the others, reaps, ends the machine |
 //! | [`agent`] | listens for the host, one process per connection |
 //! | [`session`] | one connection of the host: one program from start to end |
+//! | [`root`] | from the RAM disk to a system on a disk |
 //! | [`program`] | from a request to a running program |
 //! | [`system`] | safe wrappers of system calls |
 
@@ -18,6 +21,7 @@ pub mod agent;
 pub mod modules;
 pub mod options;
 pub mod program;
+pub mod root;
 pub mod session;
 pub mod supervisor;
 pub mod system;

@@ -17,6 +17,9 @@ pub const LIST: &str = "/etc/strata/modules";
 /// The buses whose devices are there from the start.
 const FIXED_BUSES: [&str; 2] = ["pci", "acpi"];
 
+/// What the processor can do, in the form of a device's alias.
+const PROCESSOR: &str = "/sys/devices/system/cpu/modalias";
+
 /// Walks the list one driver at a time.
 pub struct Loader<'a> {
     lines: std::str::Lines<'a>,
@@ -27,9 +30,11 @@ pub struct Loader<'a> {
 impl<'a> Loader<'a> {
     /// Looks at the devices of this machine. `/sys` must be mounted.
     pub fn new(list: &'a str) -> Loader<'a> {
+        let processor = fs::read_to_string(PROCESSOR).ok();
         let present = FIXED_BUSES
             .iter()
             .flat_map(|bus| device_aliases(bus))
+            .chain(processor.map(|text| text.trim_end().to_owned()))
             .collect();
         Loader {
             lines: list.lines(),

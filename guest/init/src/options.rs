@@ -3,7 +3,8 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
-/// What the kernel command line asks of this boot. All names start with `strata.`; the rest is the kernel's.
+/// What the kernel command line asks of this boot. Names that start with `strata.` are ours; those about the root file
+/// system are the ones that every initial RAM disk takes from it; the rest is the kernel's.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Options {
     /// `strata.console=ttyS0`: run a root shell on this terminal of `/dev`.
@@ -20,6 +21,14 @@ pub struct Options {
     pub rows: u16,
     /// `strata.cols=N`: width of the console in characters.
     pub cols: u16,
+    /// `root=UUID=…`, `root=LABEL=…` or `root=/dev/…`: mount this and hand the machine over to the system on it.
+    pub root: Option<String>,
+    /// `rootfstype=NAME`.
+    pub root_type: Option<String>,
+    /// `rw`, after any `ro`: the root file system may be written from the start; otherwise its system sees to that.
+    pub root_writable: bool,
+    /// `init=PATH`: the first program of the system on the root file system.
+    pub init: Option<String>,
 }
 
 impl Options {
@@ -35,6 +44,7 @@ impl Options {
         };
         for word in ours {
             let Some(option) = word.strip_prefix(b"strata.") else {
+                options.set_root(word);
                 continue;
             };
             let split = option.iter().position(|&byte| byte == b'=');
@@ -50,6 +60,28 @@ impl Options {
                 .extend(rest.iter().map(|word| OsString::from_vec(word.clone())));
         }
         options
+    }
+
+    fn set_root(&mut self, word: &[u8]) {
+        let value = |name: &[u8]| {
+            let value = word.strip_prefix(name)?;
+            Some(String::from_utf8_lossy(value).into_owned()).filter(|text| !text.is_empty())
+        };
+        match word {
+            b"ro" => self.root_writable = false,
+            b"rw" => self.root_writable = true,
+            _ => {
+                for (name, field) in [
+                    (&b"root="[..], &mut self.root),
+                    (b"rootfstype=", &mut self.root_type),
+                    (b"init=", &mut self.init),
+                ] {
+                    if word.starts_with(name) {
+                        *field = value(name);
+                    }
+                }
+            }
+        }
     }
 
     fn set(&mut self, name: &[u8], value: &[u8]) {
@@ -114,6 +146,23 @@ mod tests {
             ..Options::default()
         };
         assert_eq!(options, expected);
+    }
+
+    #[test]
+    fn a_root_file_system() {
+        let options = Options::parse(
+            b"ro root=UUID=1-2 quiet rw strata.hostname=x init=/bin/sh rootfstype=xfs",
+        );
+        let expected = Options {
+            hostname: Some("x".into()),
+            root: Some("UUID=1-2".into()),
+            root_type: Some("xfs".into()),
+            root_writable: true,
+            init: Some("/bin/sh".into()),
+            ..Options::default()
+        };
+        assert_eq!(options, expected);
+        assert!(!Options::parse(b"root=/dev/vda rw ro").root_writable);
     }
 
     #[test]

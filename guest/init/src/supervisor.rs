@@ -18,6 +18,7 @@ use crate::agent;
 use crate::modules::{self, Loader};
 use crate::options::Options;
 use crate::program::{self, User};
+use crate::root;
 use crate::system::{self, Ended, Ending, Signals};
 
 /// How long processes may take to end when told to, in milliseconds.
@@ -54,13 +55,17 @@ impl<'a> Machine<'a> {
         let list = fs::read_to_string(modules::LIST).unwrap_or_default();
         let mut loader = Loader::new(&list);
         while loader.step() {
-            // The host waits for the agent, not for the other drivers.
-            if options.agent && agent.is_none() {
+            // The host waits for the agent, not for the other drivers. On a root disk it is the system's to start.
+            if options.agent && agent.is_none() && options.root.is_none() {
                 match agent::start(signals) {
                     Ok(pid) => agent = Some(pid),
                     Err(error) => no_agent = Some(error),
                 }
             }
+        }
+        if let Some(root) = &options.root {
+            signals.unblock();
+            return Err(root::hand_over(options, root));
         }
         complain(
             "host name",

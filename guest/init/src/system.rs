@@ -30,6 +30,73 @@ pub fn mount(kind: &CStr, target: &CStr, flags: libc::c_ulong, data: &CStr) -> i
     .map(drop)
 }
 
+/// Mounts a file system on a device.
+pub fn mount_device(
+    device: &CStr,
+    target: &CStr,
+    kind: &CStr,
+    flags: libc::c_ulong,
+) -> io::Result<()> {
+    // SAFETY: all strings end in NUL and outlive the call; the kernel copies them.
+    check(unsafe {
+        libc::mount(
+            device.as_ptr(),
+            target.as_ptr(),
+            kind.as_ptr(),
+            flags,
+            ptr::null(),
+        )
+    })
+    .map(drop)
+}
+
+/// Moves what is mounted at `from`.
+pub fn move_mount(from: &CStr, to: &CStr) -> io::Result<()> {
+    // SAFETY: both strings end in NUL and outlive the call; the kernel copies them.
+    check(unsafe {
+        libc::mount(
+            from.as_ptr(),
+            to.as_ptr(),
+            ptr::null(),
+            libc::MS_MOVE,
+            ptr::null(),
+        )
+    })
+    .map(drop)
+}
+
+/// Makes what is mounted at `target` the root of everything, and of this process.
+pub fn switch_root(target: &CStr) -> io::Result<()> {
+    // SAFETY: all strings end in NUL and outlive the calls, which copy them.
+    unsafe {
+        check(libc::chdir(target.as_ptr()))?;
+        check(libc::mount(
+            c".".as_ptr(),
+            c"/".as_ptr(),
+            ptr::null(),
+            libc::MS_MOVE,
+            ptr::null(),
+        ))?;
+        check(libc::chroot(c".".as_ptr()))?;
+        check(libc::chdir(c"/".as_ptr())).map(drop)
+    }
+}
+
+/// Becomes another program, without arguments and with our environment: the kernel's words for its first process.
+pub fn execute(program: &CStr) -> io::Error {
+    let arguments = [program.as_ptr(), ptr::null()];
+    // SAFETY: the path and the array, which ends in a null pointer, outlive the call.
+    unsafe { libc::execv(program.as_ptr(), arguments.as_ptr()) };
+    io::Error::new(
+        io::Error::last_os_error().kind(),
+        format!(
+            "{}: {}",
+            program.to_string_lossy(),
+            io::Error::last_os_error()
+        ),
+    )
+}
+
 /// Detaches whatever is mounted at `target`, or makes it read-only if it is in use.
 pub fn unmount(target: &CStr) {
     // SAFETY: the string ends in NUL; neither call keeps it.

@@ -6,12 +6,15 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use strata_vmm::config::{BootFiles, BootSource, ConsoleKind, OnReboot, VsockConfig};
-use strata_vmm::{MachineConfig, MachineName};
+use strata_image::Image;
+use strata_vmm::config::{
+    BootFiles, BootSource, ConsoleKind, DiskAccess, DiskConfig, OnReboot, VsockConfig,
+};
+use strata_vmm::{ByteSize, MachineConfig, MachineName};
 
 use super::terminal;
 use crate::args::RunArgs;
-use crate::exit::Failure;
+use crate::exit::{ExitCode, Failure};
 use crate::image;
 
 /// What a run is.
@@ -59,20 +62,30 @@ pub fn plan(args: RunArgs) -> Result<Plan, Failure> {
     };
     let name = name.unwrap_or_else(|| MachineName::generate(&stem));
     let mode = mode(&args);
+    let mut memory = MachineConfig::MEMORY_DEFAULT;
+    let mut disks = Vec::new();
     let files = match &args.image {
-        Some(image) => image_files(image, &args, &name, &mode)?,
+        Some(image) => {
+            let image = image::find_or_build(image)?;
+            if let Some(mebibytes) = image.manifest.memory_mib {
+                memory = ByteSize::mebibytes(mebibytes);
+            }
+            disks.extend(image.disk.clone().map(root_disk).transpose()?);
+            image_files(image, &args, &name, &mode)
+        }
         None => BootFiles {
             kernel: args.kernel.unwrap_or_default(),
             initrd: args.initrd,
             append: args.append.unwrap_or_default(),
         },
     };
+    disks.extend(args.disks);
     let mut config = MachineConfig::new(name, BootSource::Files(files));
     config.engine = args.engine.into();
     config.cpus = args.cpus;
     config.cpu_model = args.cpu_model;
-    config.memory = args.memory;
-    config.disks = args.disks;
+    config.memory = args.memory.unwrap_or(memory);
+    config.disks = disks;
     config.network = args.net.into();
     config.on_reboot = match mode {
         Mode::Console { .. } => args.on_reboot.into(),
@@ -116,14 +129,17 @@ fn mode(args: &RunArgs) -> Mode {
     })
 }
 
+/// An image's root disk: what a run writes there is gone with it.
+fn root_disk(path: PathBuf) -> Result<DiskConfig, Failure> {
+    let raw: Result<DiskConfig, _> = "disk,format=raw".parse();
+    let mut disk = raw.map_err(|error| Failure::from_error(ExitCode::Internal, &error))?;
+    disk.path = path;
+    disk.access = DiskAccess::Temporary;
+    Ok(disk)
+}
+
 /// An image's files, and its command line with what this run wants of the guest's init.
-fn image_files(
-    image: &str,
-    args: &RunArgs,
-    name: &MachineName,
-    mode: &Mode,
-) -> Result<BootFiles, Failure> {
-    let image = image::find_or_build(image)?;
+fn image_files(image: Image, args: &RunArgs, name: &MachineName, mode: &Mode) -> BootFiles {
     let mut append = image.manifest.command_line;
     append.push_str(&format!(" strata.hostname={name}"));
     match mode {
@@ -135,11 +151,11 @@ fn image_files(
         append.push(' ');
         append.push_str(more);
     }
-    Ok(BootFiles {
+    BootFiles {
         kernel: image.kernel,
         initrd: Some(image.initrd),
         append,
-    })
+    }
 }
 
 /// A shell on the virtio console, with the size and kind of our terminal.

@@ -1,6 +1,6 @@
 //! Builds an image from the command line: `cargo run -p strata-image --example build -- tiny [CACHE]`.
 
-use strata_image::{Phase, Progress, Store};
+use strata_image::{NoWorkshop, Order, Phase, Progress, Store};
 
 struct Lines;
 
@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = arguments
         .next()
         .map_or_else(Store::default_root, |root| Ok(root.into()))?;
-    let image = Store::open(root)?.build(&name, &Lines)?;
+    let image = Store::open(root)?.build(&name, &Order::plain(&name), &NoWorkshop, &Lines)?;
     println!("{}\n{}", image.kernel.display(), image.initrd.display());
     Ok(())
 }

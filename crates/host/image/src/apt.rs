@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
 use crate::error::ImageError;
+use crate::package::Package;
 use crate::progress::{Phase, Progress};
 use crate::sources;
 
@@ -26,19 +27,15 @@ pub struct Apt {
     lock: File,
 }
 
-/// A package in the root's cache, verified by apt.
-#[derive(Debug, Clone)]
-pub struct Package {
-    /// The file.
-    pub path: PathBuf,
-    /// `name_version_arch`, as the archive calls it.
-    pub id: String,
-}
-
 impl Apt {
-    /// Makes the root at `root` ready for a Debian release. Nothing is fetched yet.
-    pub fn prepare(root: &Path, release: &str, lock: File) -> Result<Apt, ImageError> {
-        let sources: String = sources::derive(release, &host_sources())
+    /// Makes the root at `root` ready for a Debian release, from a mirror or from the host's own. Nothing is fetched yet.
+    pub fn prepare(
+        root: &Path,
+        release: &str,
+        mirror: Option<&str>,
+        lock: File,
+    ) -> Result<Apt, ImageError> {
+        let sources: String = sources::choose(release, mirror, &host_sources())
             .iter()
             .map(|source| format!("{source}\n"))
             .collect();
@@ -92,21 +89,104 @@ impl Apt {
         packages: &[&str],
         progress: &dyn Progress,
     ) -> Result<Vec<Package>, ImageError> {
+        self.with_lists(progress, || self.download(kernel, packages, progress))
+    }
+
+    /// Fetches `names`, each a package's name or one of apt's patterns, and all that they depend on, for a system on
+    /// which there is nothing but `installed`. What is recommended is left out unless `recommended`.
+    pub fn fetch_closure(
+        &self,
+        names: &[&str],
+        installed: &[Package],
+        recommended: bool,
+        progress: &dyn Progress,
+    ) -> Result<Vec<Package>, ImageError> {
+        self.with_lists(progress, || {
+            self.download_closure(names, installed, recommended, progress)
+        })
+    }
+
+    /// Does `work` with lists that are fresh enough for it.
+    fn with_lists<T>(
+        &self,
+        progress: &dyn Progress,
+        work: impl Fn() -> Result<T, ImageError>,
+    ) -> Result<T, ImageError> {
         if self.lists_are_fresh() {
-            let fetched = self.download(kernel, packages, progress);
-            if fetched.is_ok() {
-                return fetched;
+            let done = work();
+            if done.is_ok() {
+                return done;
             }
             // The mirror may have moved on since the lists were fetched.
         }
         match self.update(progress) {
-            Ok(()) => self.download(kernel, packages, progress),
+            Ok(()) => work(),
             // Without a network, what was fetched before will do if it is all there.
-            Err(error @ ImageError::Network { .. }) => {
-                self.download(kernel, packages, progress).map_err(|_| error)
-            }
+            Err(error @ ImageError::Network { .. }) => work().map_err(|_| error),
             Err(error) => Err(error),
         }
+    }
+
+    fn download_closure(
+        &self,
+        names: &[&str],
+        installed: &[Package],
+        recommended: bool,
+        progress: &dyn Progress,
+    ) -> Result<Vec<Package>, ImageError> {
+        progress.phase(Phase::Download);
+        let status: String = installed
+            .iter()
+            .map(installed_record)
+            .collect::<Result<_, _>>()?;
+        self.write("status", &status)?;
+        let recommended = format!("APT::Install-Recommends={recommended}");
+        let mut arguments = vec!["-o", recommended.as_str(), "--simulate", "install"];
+        arguments.extend(names);
+        let plan = self.run("apt-get", &arguments, progress);
+        let fetched = plan.and_then(|plan| {
+            arguments.retain(|argument| *argument != "--simulate");
+            arguments.push("--download-only");
+            self.run("apt-get", &arguments, progress)?;
+            Ok(plan)
+        });
+        self.write("status", "")?;
+        let archives = self.root.join("cache/archives");
+        let mut packages = Vec::new();
+        for (name, version, architecture) in fetched?.lines().filter_map(planned) {
+            let id = format!("{name}_{version}_{architecture}");
+            let path = archives.join(format!("{}.deb", id.replace(':', "%3a")));
+            if !path.is_file() {
+                return Err(ImageError::package(name, "apt did not fetch it"));
+            }
+            packages.push(Package { path, id });
+        }
+        Ok(packages)
+    }
+
+    /// Removes other versions of packages that were fetched for a closure.
+    pub fn forget_older<'a>(&self, used: impl Iterator<Item = &'a Package> + Clone) {
+        for entry in fs::read_dir(self.root.join("cache/archives"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let (path, file) = (entry.path(), entry.file_name());
+            let name = file.to_str().and_then(|file| file.split('_').next());
+            let mut named = used
+                .clone()
+                .filter(|package| Some(package.name()) == name)
+                .peekable();
+            if named.peek().is_some() && named.all(|package| package.path != path) {
+                // What stays takes space and nothing else.
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+
+    /// The lock under which the root is used, for another process to hold too.
+    pub fn lock(&self) -> Result<File, ImageError> {
+        self.lock.try_clone().map_err(ImageError::io(&self.root))
     }
 
     fn lists_are_fresh(&self) -> bool {
@@ -213,7 +293,7 @@ impl Apt {
             .env("LC_ALL", "C.UTF-8")
             .env_remove("APT_CONFIG");
         command
-            .stdin(self.lock.try_clone().map_err(ImageError::io(&self.root))?)
+            .stdin(self.lock()?)
             .stdout(Stdio::piped())
             .stderr(errors);
         let mut child = command.spawn().map_err(ImageError::io(program))?;
@@ -240,6 +320,29 @@ impl Apt {
             Err(classify(program, &errors_path))
         }
     }
+}
+
+/// `Inst NAME (VERSION ORIGIN… [ARCHITECTURE])`, possibly with the version there was in between: a line of a simulation.
+fn planned(line: &str) -> Option<(&str, &str, &str)> {
+    let (name, rest) = line.strip_prefix("Inst ")?.split_once(' ')?;
+    let (_, rest) = rest.split_once('(')?;
+    let (version, rest) = rest.split_once(' ')?;
+    let (_, rest) = rest.split_once('[')?;
+    let (architecture, _) = rest.split_once(']')?;
+    Some((name.split(':').next()?, version, architecture))
+}
+
+/// A package in the form in which dpkg notes that it is installed.
+fn installed_record(package: &Package) -> Result<String, ImageError> {
+    let mut record = String::new();
+    package.control(|name, data| {
+        if name == "control" {
+            let text = String::from_utf8_lossy(&data).into_owned();
+            let (first, rest) = text.trim_end().split_once('\n').unwrap_or((&text, ""));
+            record = format!("{first}\nStatus: install ok installed\n{rest}\n\n");
+        }
+    })?;
+    Ok(record)
 }
 
 /// `dlstatus:1:23.4567:Retrieving file 1 of 2`: apt's machine-readable progress.
@@ -309,12 +412,25 @@ fn classify(program: &'static str, errors: &Path) -> ImageError {
             detail: (*detail).to_owned(),
         };
     }
+    if let Some(name) = lines.iter().copied().find_map(unknown_package) {
+        return ImageError::NoPackage {
+            name: name.to_owned(),
+        };
+    }
     let detail = lines
         .first()
         .copied()
         .unwrap_or("it gave no reason")
         .to_owned();
     ImageError::Tool { program, detail }
+}
+
+/// The package that apt says, in an error, it does not know.
+fn unknown_package(line: &str) -> Option<&str> {
+    line.strip_prefix("Unable to locate package ").or_else(|| {
+        line.strip_prefix("Package '")?
+            .strip_suffix("' has no installation candidate")
+    })
 }
 
 /// The root's apt configuration. It is read after the host's, whose hooks would touch the host.
@@ -407,6 +523,21 @@ mod tests {
     }
 
     #[test]
+    fn simulations_are_read() {
+        let check = |line, expected| assert_eq!(planned(line), expected, "{line}");
+        check(
+            "Inst libc6 (2.36-9+deb12u14 Debian:12.15/oldstable [amd64]) []",
+            Some(("libc6", "2.36-9+deb12u14", "amd64")),
+        );
+        check(
+            "Inst tzdata [2024a] (2025b Debian:12.15/oldstable, Debian-Security:12/x [all])",
+            Some(("tzdata", "2025b", "all")),
+        );
+        check("Conf libc6 (2.36 Debian:12.15/oldstable [amd64])", None);
+        check("Inst", None);
+    }
+
+    #[test]
     fn apt_progress() {
         assert_eq!(
             download_percent("dlstatus:1:41.9:Retrieving file 1 of 2\n"),
@@ -493,6 +624,14 @@ mod tests {
         ));
         assert!(matches!(
             check("E: Unable to locate package y\n"),
+            ImageError::NoPackage { name } if name == "y"
+        ));
+        assert!(matches!(
+            check("E: Package 'y' has no installation candidate\n"),
+            ImageError::NoPackage { name } if name == "y"
+        ));
+        assert!(matches!(
+            check("E: something else\n"),
             ImageError::Tool { .. }
         ));
         assert!(matches!(check(""), ImageError::Tool { .. }));

@@ -61,7 +61,7 @@ pub enum ImageError {
     Damaged {
         /// The image.
         name: String,
-        /// "kernel" or "initrd".
+        /// "kernel", "initrd" or "disk".
         part: &'static str,
     },
     /// A program of the host is missing.
@@ -91,6 +91,49 @@ pub enum ImageError {
     #[error("Debian packages could not be verified, nothing was used: {detail}")]
     Untrusted {
         /// apt's first error.
+        detail: String,
+    },
+    /// A package that the archive does not have.
+    #[error("there is no package '{name}' in Debian")]
+    NoPackage {
+        /// What was asked for.
+        name: String,
+    },
+    /// A text that cannot be a package's name.
+    #[error(
+        "'{0}' is not a package name: use lower-case letters, digits, '+', '-' and '.', starting with a letter or digit"
+    )]
+    BadPackageName(String),
+    /// A text that cannot be a mirror's address.
+    #[error("'{0}' is not the address of a mirror: write it like http://deb.debian.org/debian")]
+    BadMirror(String),
+    /// A size that no root disk can have.
+    #[error(
+        "a root disk of {asked} MiB cannot hold the image: it needs at least {least} MiB, and at most {most} MiB"
+    )]
+    BadSize {
+        /// What was asked for, in MiB.
+        asked: u64,
+        /// The least that works, in MiB.
+        least: u64,
+        /// The most that works, in MiB.
+        most: u64,
+    },
+    /// An option that an image without a root disk has no use for.
+    #[error("the image '{base}' has no root disk, so '{option}' means nothing for it")]
+    NoRootDisk {
+        /// What it is made from.
+        base: String,
+        /// The option.
+        option: &'static str,
+    },
+    /// The name of a recipe for something else.
+    #[error("'{0}' is the name of an image of its own: choose another name")]
+    Reserved(String),
+    /// The machine that builds a disk did not finish.
+    #[error("the machine that builds the image failed: {detail}")]
+    Workshop {
+        /// What it said last.
         detail: String,
     },
     /// A program of the host failed in another way.

@@ -1,20 +1,20 @@
-//! Follows a recipe: packages in, kernel and RAM disk out.
+//! Makes RAM disks: packages in, kernel and RAM disk out.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::{self, Read};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
 
-use crate::apt::{Apt, Package};
+use crate::apt::Apt;
 use crate::cpio::Archive;
 use crate::error::ImageError;
+use crate::factory;
 use crate::kmod::{self, ModuleInfo};
+use crate::package::Package;
 use crate::progress::{Phase, Progress};
 use crate::recipe::Recipe;
-use crate::tar;
+use crate::tar::Kind;
 
 /// The guest's first process, built along with this crate.
-const INIT: &[u8] = include_bytes!(env!("STRATA_INIT"));
+pub const INIT: &[u8] = include_bytes!(env!("STRATA_INIT"));
 
 /// Raised when this code makes another image of the same recipe.
 const VERSION: u32 = 1;
@@ -22,7 +22,7 @@ const VERSION: u32 = 1;
 /// Where the init looks for the drivers to load. The form is described in its module `modules`.
 const MODULES_LIST: &str = "etc/strata/modules";
 
-/// A finished image, in memory.
+/// A finished image. All but the disk is in memory.
 pub struct Made {
     /// The kernel file.
     pub kernel: Vec<u8>,
@@ -32,21 +32,29 @@ pub struct Made {
     pub kernel_release: String,
     /// The packages used.
     pub packages: Vec<String>,
+    /// Kernel command line of a machine that says nothing of its own.
+    pub command_line: String,
+    /// The root disk, if there is one.
+    pub disk: Option<PathBuf>,
 }
 
 /// A text that changes when the image would: with the recipe, the init, or the [`VERSION`] of this code.
 pub fn fingerprint(recipe: &Recipe) -> String {
     // FNV-1a. Nobody gains from a collision.
-    let hash = recipe
-        .text
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+    let add = |hash: u64, text: &str| {
+        text.bytes().fold(hash, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
+        })
+    };
+    let mut hash = add(0xcbf2_9ce4_8422_2325, recipe.text);
+    if recipe.disk.is_some() {
+        hash = add(hash, factory::SCRIPT);
+        hash = add(hash, Recipe::builder().map_or("", |builder| builder.text));
+    }
     format!("{VERSION}-{hash:016x}-{}", env!("STRATA_INIT_HASH"))
 }
 
-/// Fetches the packages and makes the image.
+/// Fetches the packages and makes an image that is all RAM disk.
 pub fn make(recipe: &Recipe, apt: &Apt, progress: &dyn Progress) -> Result<Made, ImageError> {
     let names: Vec<&str> = recipe.copy.keys().map(String::as_str).collect();
     let packages = apt.fetch(&recipe.kernel, &names, progress)?;
@@ -56,24 +64,44 @@ pub fn make(recipe: &Recipe, apt: &Apt, progress: &dyn Progress) -> Result<Made,
 
     progress.phase(Phase::Unpack);
     let kernel = Kernel::read(kernel_package)?;
-    let mut archive = skeleton(recipe);
-    for (package, files) in others.iter().zip(recipe.copy.values()) {
-        copy(package, files, &mut archive)?;
-    }
-    kernel.add_drivers(&recipe.drivers, &mut archive)?;
-    archive.file("init", 0o755, INIT);
-
-    let mut initrd = Vec::new();
-    archive
-        .write(&mut initrd)
-        .map_err(ImageError::io("initrd"))?;
+    let initrd = write(&ram_disk(recipe, &kernel, others)?)?;
     let packages = packages.iter().map(|package| package.id.clone()).collect();
     Ok(Made {
         kernel: kernel.image,
         initrd,
         kernel_release: kernel.release,
         packages,
+        command_line: recipe.command_line.clone(),
+        disk: None,
     })
+}
+
+/// Makes the RAM disk of a recipe with what `packages` hold.
+pub fn ram_disk(
+    recipe: &Recipe,
+    kernel: &Kernel,
+    packages: &[Package],
+) -> Result<Archive, ImageError> {
+    let mut archive = skeleton(recipe);
+    for (name, files) in &recipe.copy {
+        let package = packages
+            .iter()
+            .find(|package| package.name() == name)
+            .ok_or_else(|| ImageError::package(name, "missing"))?;
+        copy(package, files, &mut archive)?;
+    }
+    kernel.add_drivers(&recipe.drivers, &mut archive)?;
+    archive.file("init", 0o755, INIT);
+    Ok(archive)
+}
+
+/// The archive's bytes.
+pub fn write(archive: &Archive) -> Result<Vec<u8>, ImageError> {
+    let mut bytes = Vec::new();
+    archive
+        .write(&mut bytes)
+        .map_err(ImageError::io("initrd"))?;
+    Ok(bytes)
 }
 
 /// What comes from the recipe alone.
@@ -98,20 +126,23 @@ fn skeleton(recipe: &Recipe) -> Archive {
 }
 
 /// The parts of a kernel package.
-struct Kernel {
-    release: String,
-    image: Vec<u8>,
+pub struct Kernel {
+    /// What `uname -r` says.
+    pub release: String,
+    /// The bzImage.
+    pub image: Vec<u8>,
     /// Path in the package and contents, by module name.
     modules: BTreeMap<String, (String, Vec<u8>)>,
     infos: BTreeMap<String, ModuleInfo>,
 }
 
 impl Kernel {
-    fn read(package: &Package) -> Result<Kernel, ImageError> {
+    /// Takes a package apart.
+    pub fn read(package: &Package) -> Result<Kernel, ImageError> {
         let mut image = None;
         let mut modules = BTreeMap::new();
         let wanted = |path: &str| path.starts_with("boot/vmlinuz-") || path.ends_with(".ko");
-        files(package, wanted, |path, data| {
+        package.files(wanted, |path, data| {
             match path.strip_prefix("boot/vmlinuz-") {
                 Some(release) => image = Some((release.to_owned(), data)),
                 None => modules
@@ -169,17 +200,32 @@ impl Kernel {
     }
 }
 
-/// Copies single files out of a package.
+/// Copies single files out of a package; of a link, the file that it leads to.
 fn copy(
     package: &Package,
     paths: &BTreeMap<String, String>,
     archive: &mut Archive,
 ) -> Result<(), ImageError> {
-    files(
-        package,
-        |path| paths.contains_key(path),
+    let mut links = BTreeMap::new();
+    package.contents(|entry, _| {
+        if let Kind::Symlink(target) = entry.kind {
+            links.insert(entry.path, target);
+        }
+        Ok(())
+    })?;
+    let mut wanted = BTreeMap::new();
+    for (from, to) in paths {
+        // Links between libraries lead to a neighbour.
+        let leads_to = links.get(from).map(|target| match from.rsplit_once('/') {
+            Some((directory, _)) => format!("{directory}/{target}"),
+            None => target.clone(),
+        });
+        wanted.insert(leads_to.unwrap_or_else(|| from.clone()), to);
+    }
+    package.files(
+        |path| wanted.contains_key(path),
         |path, data| {
-            if let Some(to) = paths.get(path) {
+            if let Some(to) = wanted.get(path) {
                 archive.file(to, 0o755, data);
             }
         },
@@ -191,43 +237,4 @@ fn copy(
         )),
         None => Ok(()),
     }
-}
-
-/// Reads the files of a package that are `wanted`. `dpkg-deb` undoes the compression; nothing is unpacked to disk.
-fn files(
-    package: &Package,
-    wanted: impl FnMut(&str) -> bool,
-    keep: impl FnMut(&str, Vec<u8>),
-) -> Result<(), ImageError> {
-    let file = File::open(&package.path).map_err(ImageError::io(&package.path))?;
-    let mut command = Command::new("dpkg-deb");
-    command
-        .args(["--fsys-tarfile", "/dev/stdin"])
-        .stdin(file)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut child = command.spawn().map_err(ImageError::io("dpkg-deb"))?;
-    let stdout = child
-        .stdout
-        .take()
-        .ok_or(io::ErrorKind::BrokenPipe)
-        .map_err(|kind| ImageError::io("dpkg-deb")(kind.into()))?;
-    let read = tar::for_each_file(
-        io::BufReader::with_capacity(256 << 10, stdout),
-        wanted,
-        keep,
-    );
-    let mut errors = String::new();
-    if let Some(stderr) = child.stderr.take() {
-        // Without its words there is still its status.
-        let _ = stderr.take(4096).read_to_string(&mut errors);
-    }
-    let status = child.wait().map_err(ImageError::io("dpkg-deb"))?;
-    if !status.success() {
-        return Err(ImageError::package(
-            &package.id,
-            errors.lines().next().unwrap_or("it cannot be read"),
-        ));
-    }
-    read.map_err(|error| ImageError::package(&package.id, error.to_string()))
 }

@@ -14,6 +14,16 @@ pub enum Phase {
     Download,
     /// Reading packages.
     Unpack,
+    /// A machine makes the file system.
+    Format,
+    /// The machine puts packages there.
+    Fill,
+    /// The machine configures packages.
+    Configure,
+    /// The machine adds what was asked for besides.
+    Add,
+    /// The machine cleans up and checks the disk.
+    Finish,
     /// Writing the image.
     Write,
 }
@@ -25,6 +35,11 @@ impl fmt::Display for Phase {
             Phase::Lists => "fetching package lists",
             Phase::Download => "fetching packages",
             Phase::Unpack => "reading packages",
+            Phase::Format => "making the file system in a machine",
+            Phase::Fill => "unpacking in the machine",
+            Phase::Configure => "configuring packages in the machine",
+            Phase::Add => "adding packages in the machine",
+            Phase::Finish => "checking the disk",
             Phase::Write => "writing the image",
         })
     }

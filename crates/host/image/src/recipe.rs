@@ -7,7 +7,16 @@ use serde::Deserialize;
 use crate::error::ImageError;
 
 /// The recipes built in, by name.
-const RECIPES: [(&str, &str); 1] = [("tiny", include_str!("../../../../images/tiny/recipe.json"))];
+const RECIPES: [(&str, &str); 2] = [
+    (
+        "debian",
+        include_str!("../../../../images/debian/recipe.json"),
+    ),
+    ("tiny", include_str!("../../../../images/tiny/recipe.json")),
+];
+
+/// The recipe of the machine that puts disks together. It is no image that anybody runs.
+const BUILDER: &str = include_str!("../../../../images/builder/recipe.json");
 
 /// How to make one image.
 #[derive(Debug, Clone, Deserialize)]
@@ -26,14 +35,39 @@ pub struct Recipe {
     pub drivers: Vec<String>,
     /// Kernel command line of a machine that says nothing of its own.
     pub command_line: String,
-    /// Package → path in the package → path in the image.
+    /// Package → path in the package → path in the RAM disk.
+    #[serde(default)]
     pub copy: BTreeMap<String, BTreeMap<String, String>>,
     /// Link → target.
+    #[serde(default)]
     pub links: BTreeMap<String, String>,
     /// Names in `bin/` that are links to busybox.
+    #[serde(default)]
     pub applets: Vec<String>,
     /// Directory → mode in octal.
+    #[serde(default)]
     pub directories: BTreeMap<String, String>,
+    /// Path → text. Mode 0644.
+    #[serde(default)]
+    pub files: BTreeMap<String, String>,
+    /// The root disk. Without one the RAM disk is all there is; with one it only finds and mounts the disk.
+    pub disk: Option<DiskRecipe>,
+}
+
+/// What is on a root disk.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskRecipe {
+    /// Its size, in MiB, unless another is asked for.
+    pub size_mib: u64,
+    /// The smallest size that may be asked for, in MiB.
+    pub least_mib: u64,
+    /// Memory of a machine that says nothing of its own, in MiB.
+    pub memory_mib: u32,
+    /// Names of packages, and patterns as apt knows them. What they depend on comes along.
+    pub packages: Vec<String>,
+    /// Link → target.
+    pub links: BTreeMap<String, String>,
     /// Path → text. Mode 0644.
     pub files: BTreeMap<String, String>,
 }
@@ -52,6 +86,15 @@ impl Recipe {
             .iter()
             .find(|(known, _)| *known == name)
             .ok_or_else(unknown)?;
+        Recipe::parse(name, text)
+    }
+
+    /// The recipe of the machine that puts disks together.
+    pub fn builder() -> Result<Recipe, ImageError> {
+        Recipe::parse("builder", BUILDER)
+    }
+
+    fn parse(name: &str, text: &'static str) -> Result<Recipe, ImageError> {
         let recipe: Recipe =
             serde_json::from_str(text).map_err(|source| ImageError::BadManifest {
                 name: name.to_owned(),
@@ -72,8 +115,10 @@ mod tests {
 
     #[test]
     fn all_recipes_parse() {
-        for name in Recipe::names() {
-            let recipe = Recipe::get(name).unwrap();
+        let builder = ("builder", Recipe::builder());
+        let recipes = Recipe::names().map(|name| (name, Recipe::get(name)));
+        for (name, recipe) in recipes.chain([builder]) {
+            let recipe = recipe.unwrap_or_else(|error| panic!("{name}: {error:?}"));
             assert!(!recipe.drivers.is_empty());
             for mode in recipe.directories.values() {
                 u32::from_str_radix(mode, 8).unwrap();

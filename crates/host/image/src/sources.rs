@@ -46,6 +46,32 @@ impl fmt::Display for Source {
     }
 }
 
+/// The sources of `release`: from `mirror` if there is one (security updates from where the host gets them), otherwise
+/// as derived from the host's.
+pub fn choose(release: &str, mirror: Option<&str>, files: &[String]) -> Vec<Source> {
+    let mut sources = derive(release, files);
+    if let Some(mirror) = mirror {
+        let security = format!("{release}-security");
+        sources.retain(|source| source.suite == security);
+        sources.extend(["", "-updates"].map(|pocket| Source {
+            uri: mirror.trim_end_matches('/').to_owned(),
+            suite: format!("{release}{pocket}"),
+        }));
+    }
+    sources
+}
+
+/// Whether a text can be the address of a mirror: of a kind that apt fetches from, and nothing that means more to apt.
+pub fn is_mirror(text: &str) -> bool {
+    let known = ["http://", "https://", "file:/"]
+        .iter()
+        .any(|kind| text.starts_with(kind));
+    known
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_graphic() && !b"[]\"'#".contains(&byte))
+}
+
 /// Makes the sources of `release` out of the texts of a host's sources files (one-line and deb822 style).
 pub fn derive(release: &str, files: &[String]) -> Vec<Source> {
     let mut found = BTreeSet::new();

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! ROOT/images/NAME.json      manifest: digests, kernel release, command line
-//! ROOT/blobs/sha256/HEX      kernels and RAM disks, never changed once there
+//! ROOT/blobs/sha256/HEX      kernels, RAM disks and root disks, never changed once there
 //! ROOT/verified/HEX          size, times and inode of a blob when its digest was last computed
-//! ROOT/apt/RELEASE/          the apt root builds fetch with
+//! ROOT/apt/RELEASE…/         the apt roots builds fetch with, one per mirror that was asked for
 //! ROOT/tmp/                  builds under way; whatever a dead one left goes with the next
 //! ROOT/lock                  held while something is built or removed
 //! ```
@@ -14,26 +14,29 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::apt::Apt;
+use crate::digest;
 use crate::error::ImageError;
+use crate::factory;
 use crate::maker::{self, Made};
+use crate::order::Order;
 use crate::progress::{Phase, Progress};
 use crate::recipe::Recipe;
+use crate::workshop::Workshop;
 
 /// The version of [`Manifest`] this code writes.
-pub const MANIFEST_VERSION: u32 = 1;
+pub const MANIFEST_VERSION: u32 = 2;
 
 /// One file of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Blob {
-    /// SHA-256 of the contents, lower-case hexadecimal.
+    /// SHA-256 in lower-case hexadecimal: of the contents, or of a disk, of its blocks that are not all zeros.
     pub sha256: String,
     /// Length in bytes.
     pub size: u64,
@@ -62,6 +65,65 @@ pub struct Manifest {
     pub kernel: Blob,
     /// A cpio archive.
     pub initrd: Blob,
+    /// A raw root disk, with holes where there is nothing.
+    #[serde(default)]
+    pub disk: Option<Blob>,
+    /// Memory in MiB of a machine that says nothing of its own.
+    #[serde(default)]
+    pub memory_mib: Option<u32>,
+    /// What was asked for; images from before there were choices are those of the recipe of their name.
+    #[serde(default)]
+    pub order: Option<Order>,
+}
+
+impl Manifest {
+    /// The recipe it was made by.
+    pub fn recipe(&self) -> &str {
+        self.order.as_ref().map_or(&self.name, |order| &order.from)
+    }
+
+    /// Whether somebody made it, under a name of their own.
+    pub fn is_own(&self) -> bool {
+        self.name != self.recipe()
+    }
+
+    /// Whether this version of Strata would build the same: false after its recipe or init has changed.
+    pub fn is_current(&self) -> bool {
+        Recipe::get(self.recipe())
+            .is_ok_and(|recipe| maker::fingerprint(&recipe) == self.fingerprint)
+    }
+
+    fn blobs(&self) -> impl Iterator<Item = (Part, &Blob)> {
+        let files = [(Part::Kernel, &self.kernel), (Part::Initrd, &self.initrd)];
+        files
+            .into_iter()
+            .chain(self.disk.as_ref().map(|disk| (Part::Disk, disk)))
+    }
+}
+
+/// Which file of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Kernel,
+    Initrd,
+    Disk,
+}
+
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Part::Kernel => "kernel",
+            Part::Initrd => "initrd",
+            Part::Disk => "disk",
+        }
+    }
+
+    fn digest(self, path: &Path) -> io::Result<String> {
+        match self {
+            Part::Kernel | Part::Initrd => digest::of_file(path),
+            Part::Disk => digest::of_disk(path),
+        }
+    }
 }
 
 /// An image in the cache, ready to run.
@@ -73,18 +135,21 @@ pub struct Image {
     pub kernel: PathBuf,
     /// The RAM disk's file. Never write to it.
     pub initrd: PathBuf,
+    /// The root disk's file, if it has one. Never write to it.
+    pub disk: Option<PathBuf>,
 }
 
 impl Image {
     /// Bytes on disk.
     pub fn size(&self) -> u64 {
-        self.manifest.kernel.size + self.manifest.initrd.size
+        let on_disk = |path: &Path| fs::metadata(path).map_or(0, |data| data.blocks() * 512);
+        let disk = self.disk.as_deref().map_or(0, on_disk);
+        self.manifest.kernel.size + self.manifest.initrd.size + disk
     }
 
     /// Whether this version of Strata would build the same: false after its recipe or init has changed.
     pub fn is_current(&self) -> bool {
-        Recipe::get(&self.manifest.name)
-            .is_ok_and(|recipe| maker::fingerprint(&recipe) == self.manifest.fingerprint)
+        self.manifest.is_current()
     }
 }
 
@@ -152,22 +217,20 @@ impl Store {
     /// An image, with its blobs verified.
     pub fn get(&self, name: &str) -> Result<Image, ImageError> {
         let manifest = self.manifest(name)?;
-        for (part, blob) in [("kernel", &manifest.kernel), ("initrd", &manifest.initrd)] {
-            if !self.verify(blob) {
+        for (part, blob) in manifest.blobs() {
+            if !self.verify(part, blob) {
                 return Err(ImageError::Damaged {
                     name: name.to_owned(),
-                    part,
+                    part: part.name(),
                 });
             }
         }
-        let (kernel, initrd) = (
-            self.blob_path(&manifest.kernel.sha256),
-            self.blob_path(&manifest.initrd.sha256),
-        );
+        let path = |blob: &Blob| self.blob_path(&blob.sha256);
         Ok(Image {
+            kernel: path(&manifest.kernel),
+            initrd: path(&manifest.initrd),
+            disk: manifest.disk.as_ref().map(path),
             manifest,
-            kernel,
-            initrd,
         })
     }
 
@@ -182,46 +245,65 @@ impl Store {
         self.remove_unused_blobs()
     }
 
-    /// Builds an image by its recipe, in place of any earlier one of that name.
+    /// Builds an image, in place of any earlier one of that name.
     ///
     /// Waits while another process builds. Takes the network only if the packages are not in the cache already.
-    pub fn build(&self, name: &str, progress: &dyn Progress) -> Result<Image, ImageError> {
-        self.build_unless(name, progress, || None)
+    pub fn build(
+        &self,
+        name: &str,
+        order: &Order,
+        workshop: &dyn Workshop,
+        progress: &dyn Progress,
+    ) -> Result<Image, ImageError> {
+        self.build_unless(name, order, workshop, progress, || None)
     }
 
     /// Builds an image unless there is one after all once the lock is held.
     fn build_unless(
         &self,
         name: &str,
+        order: &Order,
+        workshop: &dyn Workshop,
         progress: &dyn Progress,
         found: impl Fn() -> Option<Image>,
     ) -> Result<Image, ImageError> {
-        let path = self.manifest_path(name)?;
-        let recipe = Recipe::get(name)?;
+        self.manifest_path(name)?;
+        let recipe = Recipe::get(&order.from)?;
+        order.check(name, &recipe)?;
         let lock = self.lock(progress)?;
         if let Some(image) = found() {
             return Ok(image);
         }
-        let apt = Apt::prepare(
-            &self.directory("apt")?.join(&recipe.release),
-            &recipe.release,
-            lock,
-        )?;
-        let made = maker::make(&recipe, &apt, progress)?;
+        let mirror = order.mirror.as_deref();
+        let mut root = recipe.release.clone();
+        if let Some(mirror) = mirror {
+            let digest = digest::of_bytes(mirror.as_bytes());
+            root.push_str(&format!("-{}", digest.get(..16).unwrap_or_default()));
+        }
+        let root = self.directory("apt")?.join(root);
+        let apt = Apt::prepare(&root, &recipe.release, mirror, lock)?;
+        let temporary = self.directory("tmp")?;
+        let work = tempfile::tempdir_in(&temporary).map_err(ImageError::io(&temporary))?;
+        let made = match &recipe.disk {
+            Some(disk) => {
+                factory::make(&recipe, disk, order, &apt, work.path(), workshop, progress)?
+            }
+            None => maker::make(&recipe, &apt, progress)?,
+        };
         progress.phase(Phase::Write);
-        self.install(name, &path, &recipe, made)
+        self.install(name, order, &recipe, made, work.path())
     }
 
     /// Puts a finished image in the cache. Needs the lock.
     fn install(
         &self,
         name: &str,
-        path: &Path,
+        order: &Order,
         recipe: &Recipe,
         made: Made,
+        work: &Path,
     ) -> Result<Image, ImageError> {
-        let temporary = self.directory("tmp")?;
-        let work = tempfile::tempdir_in(&temporary).map_err(ImageError::io(&temporary))?;
+        let path = self.manifest_path(name)?;
         let manifest = Manifest {
             version: MANIFEST_VERSION,
             name: name.to_owned(),
@@ -231,10 +313,17 @@ impl Store {
                 .elapsed()
                 .map_or(0, |age| age.as_secs()),
             kernel_release: made.kernel_release,
-            command_line: recipe.command_line.clone(),
+            command_line: made.command_line,
             packages: made.packages,
-            kernel: self.add_blob(work.path(), &made.kernel)?,
-            initrd: self.add_blob(work.path(), &made.initrd)?,
+            kernel: self.add_blob(work, Part::Kernel, &made.kernel)?,
+            initrd: self.add_blob(work, Part::Initrd, &made.initrd)?,
+            disk: made
+                .disk
+                .as_deref()
+                .map(|disk| self.add_disk(disk))
+                .transpose()?,
+            memory_mib: recipe.disk.as_ref().map(|disk| disk.memory_mib),
+            order: Some(order.clone()),
         };
         let mut text =
             serde_json::to_vec_pretty(&manifest).map_err(|source| ImageError::BadManifest {
@@ -243,26 +332,45 @@ impl Store {
             })?;
         text.push(b'\n');
         self.directory("images")?;
-        publish(work.path(), &text, path)?;
+        publish(work, &text, &path)?;
         self.remove_unused_blobs()?;
         self.get(name)
     }
 
-    /// The image, built first if it is missing, damaged, or of an earlier recipe.
-    pub fn get_or_build(&self, name: &str, progress: &dyn Progress) -> Result<Image, ImageError> {
+    /// The image, built first if it is missing, damaged, or of an earlier recipe. Images that somebody made under a name
+    /// of their own are taken as they are.
+    pub fn get_or_build(
+        &self,
+        name: &str,
+        workshop: &dyn Workshop,
+        progress: &dyn Progress,
+    ) -> Result<Image, ImageError> {
         let usable = || {
             self.get(name)
-                .map(|image| image.is_current().then_some(image))
+                .map(|image| (image.manifest.is_own() || image.is_current()).then_some(image))
         };
-        match usable() {
-            Ok(Some(image)) => Ok(image),
-            Ok(None)
-            | Err(
+        let error = match usable() {
+            Ok(Some(image)) => return Ok(image),
+            Ok(None) => None,
+            Err(error) => Some(error),
+        };
+        let is_recipe = Recipe::get(name).is_ok();
+        match error {
+            Some(error @ (ImageError::Damaged { .. } | ImageError::BadManifest { .. }))
+                if !is_recipe =>
+            {
+                Err(error)
+            }
+            None
+            | Some(
                 ImageError::NotFound(_)
                 | ImageError::Damaged { .. }
                 | ImageError::BadManifest { .. },
-            ) => self.build_unless(name, progress, || usable().ok().flatten()),
-            Err(error) => Err(error),
+            ) => {
+                let order = Order::plain(name);
+                self.build_unless(name, &order, workshop, progress, || usable().ok().flatten())
+            }
+            Some(error) => Err(error),
         }
     }
 
@@ -295,7 +403,7 @@ impl Store {
         let digest = |blob: &Blob| {
             blob.sha256.len() == 64 && blob.sha256.bytes().all(|b| b.is_ascii_hexdigit())
         };
-        if !digest(&manifest.kernel) || !digest(&manifest.initrd) {
+        if !manifest.blobs().all(|(_, blob)| digest(blob)) {
             return Err(bad(serde::de::Error::custom("a digest is not one")));
         }
         Ok(manifest)
@@ -303,7 +411,7 @@ impl Store {
 
     /// Whether a blob is what its name says. The digest is computed once; after that, a file with the same size, times
     /// and inode is taken to be the same (the change time cannot be set by ordinary means).
-    fn verify(&self, blob: &Blob) -> bool {
+    fn verify(&self, part: Part, blob: &Blob) -> bool {
         let path = self.blob_path(&blob.sha256);
         let Ok(data) = fs::metadata(&path) else {
             return false;
@@ -311,43 +419,64 @@ impl Store {
         if data.len() != blob.size {
             return false;
         }
-        let state = format!(
-            "{} {}.{:09} {}.{:09} {}\n",
-            data.len(),
-            data.mtime(),
-            data.mtime_nsec(),
-            data.ctime(),
-            data.ctime_nsec(),
-            data.ino()
-        );
+        let state = file_state(&data);
         let stamp = self.root.join("verified").join(&blob.sha256);
         if fs::read_to_string(&stamp).is_ok_and(|stamp| stamp == state) {
             return true;
         }
-        if digest_of_file(&path).ok().as_deref() != Some(&blob.sha256) {
+        if part.digest(&path).ok().as_deref() != Some(&blob.sha256) {
             return false;
         }
-        // A cache that may only be read costs the time to verify again.
-        let _ = self
-            .directory("verified")
-            .and_then(|directory| publish(&directory, state.as_bytes(), &stamp));
+        self.note_verified(blob);
         true
     }
 
-    fn add_blob(&self, work: &Path, data: &[u8]) -> Result<Blob, ImageError> {
+    /// A cache that may only be read costs the time to verify again.
+    fn note_verified(&self, blob: &Blob) {
+        let note = || {
+            let data = fs::metadata(self.blob_path(&blob.sha256)).ok()?;
+            let directory = self.directory("verified").ok()?;
+            let stamp = directory.join(&blob.sha256);
+            publish(&directory, file_state(&data).as_bytes(), &stamp).ok()
+        };
+        let _: Option<()> = note();
+    }
+
+    fn add_blob(&self, work: &Path, part: Part, data: &[u8]) -> Result<Blob, ImageError> {
         let blob = Blob {
-            sha256: hex(&Sha256::digest(data)),
+            sha256: digest::of_bytes(data),
             size: data.len() as u64,
         };
         self.directory("blobs/sha256")?;
         let path = self.blob_path(&blob.sha256);
         publish(work, data, &path)?;
         // What was written is read back once, so that the first start finds it verified.
-        if self.verify(&blob) {
+        if self.verify(part, &blob) {
             Ok(blob)
         } else {
             Err(ImageError::io(path)(io::ErrorKind::InvalidData.into()))
         }
+    }
+
+    /// Takes a disk over, which must lie in the cache's own file system.
+    fn add_disk(&self, disk: &Path) -> Result<Blob, ImageError> {
+        self.directory("blobs/sha256")?;
+        let add = || -> io::Result<Blob> {
+            let blob = Blob {
+                sha256: digest::of_disk(disk)?,
+                size: fs::metadata(disk)?.len(),
+            };
+            fs::set_permissions(disk, std::os::unix::fs::PermissionsExt::from_mode(0o444))?;
+            File::open(disk)?.sync_all()?;
+            let path = self.blob_path(&blob.sha256);
+            fs::rename(disk, &path)?;
+            File::open(path.parent().unwrap_or(&path))?.sync_all()?;
+            Ok(blob)
+        };
+        let blob = add().map_err(ImageError::io(disk))?;
+        // What was digested is what was moved.
+        self.note_verified(&blob);
+        Ok(blob)
     }
 
     /// Needs the lock.
@@ -356,7 +485,8 @@ impl Store {
         let used = |name: &str| {
             images
                 .iter()
-                .any(|image| image.kernel.sha256 == name || image.initrd.sha256 == name)
+                .flat_map(Manifest::blobs)
+                .any(|(_, blob)| blob.sha256 == name)
         };
         for directory in [self.root.join("blobs/sha256"), self.root.join("verified")] {
             for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
@@ -437,20 +567,17 @@ fn publish(work: &Path, data: &[u8], path: &Path) -> Result<(), ImageError> {
     write().map_err(ImageError::io(path))
 }
 
-fn digest_of_file(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 256 << 10];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(hex(&hash.finalize())),
-            length => hash.update(&buffer[..length]),
-        }
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+/// What of a file changes whenever its contents do.
+fn file_state(data: &fs::Metadata) -> String {
+    format!(
+        "{} {}.{:09} {}.{:09} {}\n",
+        data.len(),
+        data.mtime(),
+        data.mtime_nsec(),
+        data.ctime(),
+        data.ctime_nsec(),
+        data.ino()
+    )
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fs;
 use std::path::Path;
 
-use strata_image::{ImageError, Phase, Progress, Store};
+use strata_image::{ImageError, NoWorkshop, Order, Phase, Progress, Store};
 
 #[derive(Default)]
 struct Phases(RefCell<Vec<Phase>>);
@@ -38,7 +38,7 @@ fn skip(name: &str, reason: &str) {
 fn tiny_is_built_and_built_again_the_same() {
     let store = Store::open(Path::new(env!("CARGO_TARGET_TMPDIR")).join("image-cache")).unwrap();
     let phases = Phases::default();
-    let image = match store.build("tiny", &phases) {
+    let image = match store.build("tiny", &Order::plain("tiny"), &NoWorkshop, &phases) {
         Err(
             error @ (ImageError::Network { .. }
             | ImageError::MissingProgram { .. }
@@ -71,7 +71,14 @@ fn tiny_is_built_and_built_again_the_same() {
         assert!(contains(&initrd, part.as_bytes()), "{part}");
     }
 
-    let again = store.build("tiny", &Phases::default()).unwrap();
+    let again = store
+        .build(
+            "tiny",
+            &Order::plain("tiny"),
+            &NoWorkshop,
+            &Phases::default(),
+        )
+        .unwrap();
     assert_eq!(
         (again.manifest.kernel, again.manifest.initrd),
         (image.manifest.kernel, image.manifest.initrd)

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::progress::Quiet;
+use crate::workshop::NoWorkshop;
 
 struct Sandbox {
     store: Store,
@@ -26,11 +27,14 @@ fn install(store: &Store, name: &str, kernel: &[u8], initrd: &[u8]) -> Image {
         initrd: initrd.to_vec(),
         kernel_release: "6.1.0".to_owned(),
         packages: vec!["linux_1_amd64".to_owned()],
+        command_line: "quiet".to_owned(),
+        disk: None,
     };
-    let path = store.manifest_path(name).unwrap();
     let _lock = store.lock(&Quiet).unwrap();
+    let work = tempfile::tempdir_in(store.directory("tmp").unwrap()).unwrap();
+    let recipe = Recipe::get("tiny").unwrap();
     store
-        .install(name, &path, &Recipe::get("tiny").unwrap(), made)
+        .install(name, &Order::plain("tiny"), &recipe, made, work.path())
         .unwrap()
 }
 
@@ -139,8 +143,8 @@ fn manifests_that_cannot_be_read() {
     };
     assert!(matches!(check("{"), ImageError::BadManifest { .. }));
     assert!(matches!(
-        check(r#"{"version": 2, "layers": []}"#),
-        ImageError::LaterManifest { version: 2, .. }
+        check(r#"{"version": 3, "layers": []}"#),
+        ImageError::LaterManifest { version: 3, .. }
     ));
     let digest = store_digest(&good);
     assert!(matches!(
@@ -179,7 +183,7 @@ fn names_that_are_none() {
         );
     }
     assert!(matches!(
-        store.build("no-such", &Quiet),
+        store.build("no-such", &Order::plain("no-such"), &NoWorkshop, &Quiet),
         Err(ImageError::NoRecipe { .. })
     ));
 }
