@@ -149,6 +149,13 @@ impl Chassis {
     }
 }
 
+impl Drop for Chassis {
+    fn drop(&mut self) {
+        // The root complex is on the bus that it puts BARs on: apart, both can go.
+        self.mmio.remove(Layout::ECAM.start().0);
+    }
+}
+
 fn place(
     bus: &Bus,
     name: &str,
