@@ -6,18 +6,23 @@
 //! that is running can invalidate itself.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 
 use iced_x86::Instruction;
 use strata_engine::{EngineError, VcpuStats};
-use strata_memory::GuestMemory;
 
 use crate::cpu::{Cpu, jump_index};
 use crate::mmu::OperandAccess;
+use crate::peers::Peers;
 
-/// Bytes of the code cache.
-pub const CACHE_SIZE: usize = 128 << 20;
+/// Bytes of the code caches of all vCPUs together, and what one has at most and at least. The host's memory is taken
+/// as they fill.
+const CACHES_SIZE: usize = 512 << 20;
+const CACHE_MAX: usize = 128 << 20;
+const CACHE_MIN: usize = 16 << 20;
 /// In place of a vector in [`InterpretSite::fault`]: a debugger's breakpoint, before which the run ends.
 pub const BREAKPOINT: u8 = 0xff;
 /// A translation never needs more than this.
@@ -58,7 +63,8 @@ impl Hasher for AddressHasher {
     }
 }
 
-type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
+/// A map by addresses.
+pub type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
 
 /// A memory operand of translated code, for its slow path.
 #[derive(Clone, Copy, Debug)]
@@ -80,6 +86,8 @@ pub struct MemSite {
     /// The interpreter's site for this instruction, which must not touch masked lanes: it runs there unless the
     /// whole operand lies in one page of RAM.
     pub masked: Option<u32>,
+    /// It is one access to all others, wherever it lies: LOCK, or XCHG.
+    pub locked: bool,
     /// Instructions of the block that retired before this one.
     pub index: u16,
     /// Where the guest goes on after a store, when it must leave the block.
@@ -161,11 +169,22 @@ pub struct Block {
 #[derive(Debug, Default)]
 struct CodePage {
     blocks: Vec<u32>,
+    /// The question to the other vCPUs that watching began with.
+    asked: u64,
+    /// Writes since it has had no blocks.
+    empty_writes: u32,
 }
+
+/// Writes to a page without blocks after which it is not watched any more, where there are other vCPUs.
+const PATIENCE: u32 = 8;
 
 /// The cache and everything known about its contents.
 pub struct CodeMap {
     _fd: OwnedFd,
+    size: usize,
+    peers: Arc<Peers>,
+    /// The vCPU's number.
+    me: u32,
     writable: *mut u8,
     executable: *const u8,
     used: usize,
@@ -189,8 +208,9 @@ pub struct CodeMap {
 unsafe impl Send for CodeMap {}
 
 impl CodeMap {
-    /// Maps an empty cache.
-    pub fn new() -> Result<CodeMap, EngineError> {
+    /// Maps an empty cache for vCPU `me`.
+    pub fn new(peers: Arc<Peers>, me: u32) -> Result<CodeMap, EngineError> {
+        let size = (CACHES_SIZE / peers.planned()).clamp(CACHE_MIN, CACHE_MAX);
         let host = |what| EngineError::Host {
             what,
             source: std::io::Error::last_os_error(),
@@ -203,7 +223,7 @@ impl CodeMap {
         // SAFETY: the descriptor was just created and belongs to nobody else.
         let fd = unsafe { OwnedFd::from_raw_fd(raw) };
         // SAFETY: a plain system call on our own descriptor.
-        if unsafe { libc::ftruncate(fd.as_raw_fd(), CACHE_SIZE as libc::off_t) } != 0 {
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), size as libc::off_t) } != 0 {
             return Err(host("sizing the code cache (ftruncate)"));
         }
         let map = |protection| {
@@ -211,7 +231,7 @@ impl CodeMap {
             let at = unsafe {
                 libc::mmap(
                     std::ptr::null_mut(),
-                    CACHE_SIZE,
+                    size,
                     protection,
                     libc::MAP_SHARED,
                     fd.as_raw_fd(),
@@ -228,6 +248,9 @@ impl CodeMap {
         let executable = map(libc::PROT_READ | libc::PROT_EXEC)?;
         Ok(CodeMap {
             _fd: fd,
+            size,
+            peers,
+            me,
             writable,
             executable,
             used: 0,
@@ -265,7 +288,7 @@ impl CodeMap {
     pub fn range(&self) -> (u64, u64) {
         (
             self.executable as u64,
-            self.executable as u64 + CACHE_SIZE as u64,
+            self.executable as u64 + self.size as u64,
         )
     }
 
@@ -276,13 +299,13 @@ impl CodeMap {
 
     /// True if a block may not fit any more.
     pub fn full(&self) -> bool {
-        self.used + BLOCK_ROOM > CACHE_SIZE
+        self.used + BLOCK_ROOM > self.size
     }
 
     /// Appends code and returns its offset. The caller checked [`CodeMap::full`].
     pub fn append(&mut self, code: &[u8]) -> Result<u32, EngineError> {
         let offset = self.used;
-        if offset + code.len() > CACHE_SIZE {
+        if offset + code.len() > self.size {
             return Err(EngineError::Internal(
                 "a block does not fit the code cache".into(),
             ));
@@ -301,9 +324,9 @@ impl CodeMap {
     }
 
     /// Forgets all blocks. No vCPU may be in translated code.
-    pub fn flush(&mut self, cpu: &mut Cpu, memory: &GuestMemory, stats: &mut VcpuStats) {
+    pub fn flush(&mut self, cpu: &mut Cpu, stats: &mut VcpuStats) {
         for &page in self.pages.keys() {
-            memory.unwatch_page(page);
+            self.peers.unwatch(self.me, page);
         }
         self.blocks.clear();
         self.keys.clear();
@@ -329,6 +352,11 @@ impl CodeMap {
     /// A block by number.
     pub fn block(&self, id: u32) -> Option<&Block> {
         self.blocks.get(id as usize)
+    }
+
+    /// True if a block was dropped.
+    pub fn is_dead(&self, id: u32) -> bool {
+        self.block(id).is_none_or(|block| block.dead)
     }
 
     /// Registers a memory operand.
@@ -392,8 +420,6 @@ impl CodeMap {
         code: &[u8],
         links: &[Link],
         points: &[FaultPoint],
-        memory: &GuestMemory,
-        cpu: &mut Cpu,
     ) -> Result<u32, EngineError> {
         let entry = self.append(code)?;
         let own_links = (self.links.len() as u32, links.len() as u32);
@@ -419,17 +445,32 @@ impl CodeMap {
             dead: false,
         });
         self.keys.insert(key, id);
-        for page in [Some(key.gpa >> 12), second_page].into_iter().flatten() {
-            let known = self.pages.entry(page).or_default();
-            if known.blocks.is_empty() {
-                memory.watch_page(page);
-                for tlb in &mut cpu.tlb {
-                    tlb.drop_writes();
-                }
-            }
-            known.blocks.push(id);
+        let head = u64::from(len).min(4096 - (key.gpa & 0xfff));
+        let tail = second_page.map(|page| (page << 12, u64::from(len) - head));
+        for (gpa, len) in [Some((key.gpa, head)), tail].into_iter().flatten() {
+            let page = self.pages.entry(gpa >> 12).or_default();
+            page.blocks.push(id);
+            page.empty_writes = 0;
+            self.peers.cover(gpa, len);
         }
         Ok(id)
+    }
+
+    /// Begins to watch a page that a block is about to be made from, unless it is watched already. Returns the number
+    /// of the question that the other vCPUs must have answered before stores to it are sure to be told of, and whether
+    /// this vCPU must drop its own tags.
+    pub fn watch(&mut self, page: u64) -> (u64, bool) {
+        match self.pages.entry(page) {
+            Entry::Occupied(known) => (known.get().asked, false),
+            Entry::Vacant(new) => {
+                let asked = self.peers.watch(self.me, page);
+                new.insert(CodePage {
+                    asked,
+                    ..CodePage::default()
+                });
+                (asked, true)
+            }
+        }
     }
 
     /// True if the block that link `id` belongs to was dropped.
@@ -465,36 +506,68 @@ impl CodeMap {
     }
 
     /// Guest memory changed: drops the blocks translated from it.
-    pub fn written(
-        &mut self,
-        gpa: u64,
-        len: u64,
-        cpu: &mut Cpu,
-        memory: &GuestMemory,
-        stats: &mut VcpuStats,
-    ) {
-        let last = gpa + len.max(1) - 1;
-        for page in gpa >> 12..=last >> 12 {
-            let Some(known) = self.pages.get(&page) else {
-                continue;
-            };
-            let hit: Vec<u32> = known
-                .blocks
-                .iter()
-                .copied()
-                .filter(|&id| {
-                    self.blocks
-                        .get(id as usize)
-                        .is_some_and(|block| overlaps(block, gpa, last))
-                })
-                .collect();
-            for id in hit {
-                self.invalidate(id, cpu, memory, stats);
+    pub fn written(&mut self, gpa: u64, len: u64, cpu: &mut Cpu, stats: &mut VcpuStats) {
+        let last = gpa.saturating_add(len.max(1) - 1);
+        let range = gpa >> 12..=last >> 12;
+        if range.end() - range.start() < self.pages.len() as u64 {
+            for page in range {
+                self.page_written(page, gpa, last, cpu, stats);
+            }
+        } else {
+            let pages: Vec<u64> = self.pages.keys().copied().collect();
+            for page in pages.into_iter().filter(|page| range.contains(page)) {
+                self.page_written(page, gpa, last, cpu, stats);
             }
         }
     }
 
-    fn invalidate(&mut self, id: u32, cpu: &mut Cpu, memory: &GuestMemory, stats: &mut VcpuStats) {
+    fn page_written(
+        &mut self,
+        page: u64,
+        first: u64,
+        last: u64,
+        cpu: &mut Cpu,
+        stats: &mut VcpuStats,
+    ) {
+        let Some(known) = self.pages.get(&page) else {
+            return;
+        };
+        let hit: Vec<u32> = known
+            .blocks
+            .iter()
+            .copied()
+            .filter(|&id| {
+                self.blocks
+                    .get(id as usize)
+                    .is_some_and(|block| overlaps(block, first, last))
+            })
+            .collect();
+        for id in hit {
+            self.invalidate(id, cpu, stats);
+        }
+        // A page whose translation failed has none from the start.
+        self.unwatch_empty(page);
+    }
+
+    /// Ends watching a page without blocks. If that meant to ask other vCPUs when it has blocks again, only after some
+    /// more writes.
+    fn unwatch_empty(&mut self, page: u64) {
+        let Entry::Occupied(mut known) = self.pages.entry(page) else {
+            return;
+        };
+        if !known.get().blocks.is_empty() {
+            return;
+        }
+        if self.peers.several() && known.get().empty_writes < PATIENCE {
+            known.get_mut().empty_writes += 1;
+            return;
+        }
+        known.remove();
+        self.peers.unwatch(self.me, page);
+    }
+
+    /// Drops a block.
+    pub fn invalidate(&mut self, id: u32, cpu: &mut Cpu, stats: &mut VcpuStats) {
         let Some(block) = self.blocks.get_mut(id as usize) else {
             return;
         };
@@ -515,10 +588,7 @@ impl CodeMap {
         for page in [Some(key.gpa >> 12), second].into_iter().flatten() {
             if let Some(known) = self.pages.get_mut(&page) {
                 known.blocks.retain(|&other| other != id);
-                if known.blocks.is_empty() {
-                    self.pages.remove(&page);
-                    memory.unwatch_page(page);
-                }
+                self.unwatch_empty(page);
             }
         }
         let index = jump_index(key.rip);
@@ -547,8 +617,8 @@ impl Drop for CodeMap {
     fn drop(&mut self) {
         // SAFETY: both mappings were made by `new`, have this size and are used by nobody else any more.
         unsafe {
-            libc::munmap(self.writable.cast(), CACHE_SIZE);
-            libc::munmap(self.executable.cast_mut().cast(), CACHE_SIZE);
+            libc::munmap(self.writable.cast(), self.size);
+            libc::munmap(self.executable.cast_mut().cast(), self.size);
         }
     }
 }

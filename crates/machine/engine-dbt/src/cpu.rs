@@ -87,9 +87,19 @@ impl SoftTlb {
         }
     }
 
-    /// Makes stores to every page take the slow path once more, so that a newly watched page is seen.
+    /// Makes stores to every page take the slow path once more.
     pub fn drop_writes(&mut self) {
         self.write.copy_from_slice(&EMPTY_TLB);
+    }
+
+    /// Makes stores to the page at host address `host` take the slow path once more, so that a newly watched page is
+    /// seen.
+    pub fn drop_writes_to(&mut self, host: u64) {
+        for ((tag, &delta), &empty) in self.write.iter_mut().zip(&self.delta).zip(&EMPTY_TLB) {
+            if delta.wrapping_sub(*tag) == host {
+                *tag = empty;
+            }
+        }
     }
 }
 
@@ -187,6 +197,8 @@ pub struct Cpu {
     pub deferred: u32,
     /// Retired instructions, in instrumented runs.
     pub retired: u64,
+    /// PAUSE instructions until the host's thread gives way to others, where several vCPUs may spin.
+    pub pauses: u64,
     /// Scratch of emitted code.
     pub temp: [u64; 8],
     /// Mask for `pext` that selects the TLB index (bits 12..22).
@@ -302,12 +314,16 @@ pub mod request {
     pub const INTERRUPT: u32 = 1;
     /// `Kicker::kick` was called.
     pub const KICK: u32 = 2;
-    /// A device wrote a page that holds translated code.
+    /// A device or another vCPU wrote to a page that holds translated code.
     pub const CODE_WRITTEN: u32 = 4;
-    /// The guest-physical memory map changed.
-    pub const MEMORY_MAP: u32 = 8;
-    /// A timer of this vCPU is due.
-    pub const TIMER: u32 = 16;
+    /// Tags for stores must be dropped, see `peers`.
+    pub const QUESTION: u32 = 8;
+    /// Provisional blocks may be confirmed.
+    pub const LOOK: u32 = 16;
+    /// Another vCPU wants to run alone.
+    pub const GIVE_WAY: u32 = 32;
+    /// What a halted vCPU need not wake up for: it comes before anything else when it does.
+    pub const QUIET: u32 = CODE_WRITTEN | QUESTION | LOOK | GIVE_WAY;
 }
 
 /// RFLAGS bits.
@@ -396,6 +412,7 @@ impl Cpu {
         cpu.tlb_mask = (TLB_ENTRIES as u64 - 1) << 12;
         cpu.page_mask = !0xfff;
         cpu.jump_mask = JUMP_ENTRIES as u64 - 1;
+        cpu.pauses = 1;
         cpu.reset();
         cpu
     }
@@ -665,6 +682,7 @@ pub mod off {
     pub const SYSTEM_FLAGS: u32 = offset_of!(Cpu, system_flags) as u32;
     pub const REQUEST: u32 = offset_of!(Cpu, request) as u32;
     pub const RETIRED: u32 = offset_of!(Cpu, retired) as u32;
+    pub const PAUSES: u32 = offset_of!(Cpu, pauses) as u32;
     pub const TLB_MASK: u32 = offset_of!(Cpu, tlb_mask) as u32;
     pub const PAGE_MASK: u32 = offset_of!(Cpu, page_mask) as u32;
     pub const JUMP_MASK: u32 = offset_of!(Cpu, jump_mask) as u32;

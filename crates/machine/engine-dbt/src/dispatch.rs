@@ -17,9 +17,8 @@ use crate::code::{BREAKPOINT, BranchSite, CodeMap, Key, Next as After};
 use crate::cpu::{BOUNCE_SIZE, Context, Cpu, flags, request};
 use crate::env::{Access, Env, Exec, Fault};
 use crate::interpret::Next;
-use crate::kick::VcpuShared;
 use crate::lockstep::{Leader, Tracer};
-use crate::mmu::{OperandAccess, PendingStore, canonical};
+use crate::mmu::{OperandAccess, PendingStore, StoredTo, canonical};
 use crate::signals::{self, FaultFrame, ThreadGuard};
 use crate::stubs::{self, Callbacks, Stubs, reason};
 use crate::table::FeatureSet;
@@ -28,8 +27,10 @@ use crate::translate::{Fetch, Mode, Options, translate};
 mod blocks;
 mod follow;
 mod inspect;
+mod provisional;
 mod running;
 
+use provisional::Provisional;
 use running::{Running, block_exit, commit, slow, stored};
 
 /// One vCPU of the software engine.
@@ -40,7 +41,6 @@ pub struct Translated {
     stubs: Stubs,
     features: FeatureSet,
     options: Options,
-    shared: Arc<VcpuShared>,
     frame: Box<FaultFrame>,
     /// Mode and CS base that each jump cache holds entries for.
     cached_mode: [(Mode, u64); 2],
@@ -55,6 +55,8 @@ pub struct Translated {
     /// Exceptions end the run instead of being delivered.
     stop_on_exception: bool,
     stopped: Option<Fault>,
+    /// Blocks whose bytes others might still change unnoticed, see `peers`.
+    provisional: Vec<Provisional>,
     /// What a debugger wants.
     debug: GuestDebug,
     /// Looks at every block before it runs.
@@ -66,13 +68,9 @@ pub struct Translated {
 unsafe impl Send for Translated {}
 
 impl Translated {
-    pub(crate) fn new(
-        env: Env,
-        options: Options,
-        shared: Arc<VcpuShared>,
-    ) -> Result<Translated, EngineError> {
+    pub(crate) fn new(env: Env, options: Options) -> Result<Translated, EngineError> {
         let mut cpu = Cpu::boxed();
-        let mut code = CodeMap::new()?;
+        let mut code = CodeMap::new(Arc::clone(&env.peers), env.me.id())?;
         let stubs = stubs::build(
             &mut code,
             &Callbacks {
@@ -83,7 +81,8 @@ impl Translated {
             },
         )?;
         signals::install()?;
-        shared.attach(&mut cpu.request);
+        env.me.attach(&mut cpu.request);
+        cpu.wait_for_sipi = env.apic.id() != 0;
         let features = FeatureSet::of(&env.model);
         let frame = Box::new(FaultFrame {
             range: code.range(),
@@ -97,7 +96,6 @@ impl Translated {
             stubs,
             features,
             options,
-            shared,
             frame,
             cached_mode: [(Mode(u32::MAX), 0); 2],
             tracer: None,
@@ -106,6 +104,7 @@ impl Translated {
             generation: 0,
             stop_on_exception: false,
             stopped: None,
+            provisional: Vec::new(),
             debug: GuestDebug::default(),
             inspector: None,
         })
@@ -155,6 +154,10 @@ impl Translated {
             if let Some(error) = self.env.divergence.take() {
                 return Err(EngineError::Replay(error));
             }
+            self.env.me.settle();
+            if !self.provisional.is_empty() {
+                self.confirm();
+            }
             let waits = self.cpu.request_bits() != 0 || self.cpu.halted || self.cpu.wait_for_sipi;
             if waits && let Some(exit) = self.requests(bus) {
                 return Ok(exit);
@@ -175,20 +178,20 @@ impl Translated {
     fn requests(&mut self, bus: &dyn IoBus) -> Option<Exit> {
         loop {
             let bits = self.cpu.take_requests();
-            if bits & request::MEMORY_MAP != 0 {
-                self.env.slots = self.env.memory.slots();
-                self.cpu.flush_tlb(true);
+            if bits & request::QUESTION != 0 {
+                self.exec(bus).answer();
             }
             if bits & request::CODE_WRITTEN != 0 {
-                for (gpa, len) in self.shared.take_writes() {
-                    self.code.written(
-                        gpa,
-                        len,
-                        &mut self.cpu,
-                        &self.env.memory,
-                        &mut self.env.stats,
-                    );
+                for (gpa, len) in self.env.me.take_writes() {
+                    let stats = &mut self.env.stats;
+                    self.code.written(gpa, len, &mut self.cpu, stats);
                 }
+            }
+            if bits & request::GIVE_WAY != 0 {
+                self.env.peers.give_way(&self.env.me);
+                // What came meanwhile comes first.
+                self.cpu.raise_request(bits & !request::QUIET);
+                continue;
             }
             if bits & request::KICK != 0 {
                 // What else was asked for is looked at when the vCPU runs again.
@@ -206,7 +209,10 @@ impl Translated {
             if !self.cpu.halted && !self.cpu.wait_for_sipi {
                 return None;
             }
-            self.shared.wait();
+            self.env.peers.leave(&self.env.me);
+            self.env.me.wait();
+            self.env.peers.enter(&self.env.me);
+            self.confirm();
         }
     }
 
@@ -221,6 +227,10 @@ impl Translated {
             self.cpu.reset();
             self.cpu.wait_for_sipi = self.env.apic.id() != 0;
             return None;
+        }
+        if waiting.startup.is_some() && !self.cpu.wait_for_sipi {
+            // A start-up message to a processor that runs is lost.
+            self.env.apic.take_startup();
         }
         if self.cpu.wait_for_sipi {
             if let Some(vector) = self.env.apic.take_startup() {
@@ -412,6 +422,7 @@ impl Translated {
             fault: None,
             pending: None,
             told: false,
+            alone: false,
             diverged: false,
         };
         // SAFETY: `enter` is the stub of that signature; `entry` is translated code for this context. The slow path
@@ -422,8 +433,10 @@ impl Translated {
                 std::mem::transmute(self.stubs.enter);
             enter(cpu, entry);
             (*cpu).env = 0;
-            (&raw const running.fault).read_volatile()
         }
+        running.end();
+        // SAFETY: it is a field of a value on this stack; translated code wrote it through a pointer.
+        unsafe { (&raw const running.fault).read_volatile() }
     }
 
     /// Runs one instruction in the interpreter.
@@ -442,7 +455,11 @@ impl Translated {
             return Ok(Some(Exit::Debug));
         }
         if let Some(vector) = site.fault {
-            return Ok(self.raise(bus, Fault::plain(vector)));
+            let fault = match vector {
+                13 => Fault::protection(0),
+                _ => Fault::plain(vector),
+            };
+            return Ok(self.raise(bus, fault));
         }
         let instr: Instruction = site.instr;
         let result = self.exec(bus).interpret(&instr);
@@ -506,7 +523,9 @@ impl Vcpu<X86> for Translated {
         let _guard = ThreadGuard::enter(&mut *self.frame)?;
         self.env.slots = self.env.memory.slots();
         self.cpu.load_fpu();
+        self.env.peers.enter(&self.env.me);
         let result = self.run_loop(bus);
+        self.env.peers.leave(&self.env.me);
         self.cpu.store_fpu();
         if result.is_ok() {
             self.settle()?;
@@ -527,14 +546,13 @@ impl Vcpu<X86> for Translated {
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {
-        Arc::clone(&self.shared) as Arc<dyn Kicker>
+        Arc::clone(&self.env.me) as Arc<dyn Kicker>
     }
 
     fn debug(&mut self, wish: &GuestDebug) -> Result<(), EngineError> {
         if wish.breakpoints != self.debug.breakpoints {
             self.code.breakpoints.clone_from(&wish.breakpoints);
-            self.code
-                .flush(&mut self.cpu, &self.env.memory, &mut self.env.stats);
+            self.code.flush(&mut self.cpu, &mut self.env.stats);
             self.generation += 1;
         }
         self.debug.clone_from(wish);
@@ -570,6 +588,7 @@ impl IoBus for NoBus {
 
 impl Drop for Translated {
     fn drop(&mut self) {
-        self.shared.detach();
+        self.env.me.detach();
+        self.code.flush(&mut self.cpu, &mut self.env.stats);
     }
 }

@@ -15,7 +15,8 @@ use crate::apic::{Apic, ApicBus};
 use crate::cpu::request;
 use crate::dispatch::Translated;
 use crate::env::{Doorbells, Env};
-use crate::kick::{CodeWatcher, Timers, VcpuShared};
+use crate::kick::Timers;
+use crate::peers::{Peers, VCPUS_MAX};
 use crate::translate::Options;
 
 /// What a translator is made from.
@@ -71,7 +72,7 @@ pub struct Translator {
     doorbells: Arc<Doorbells>,
     bus: Arc<ApicBus>,
     apics: Mutex<Vec<Option<Arc<Apic>>>>,
-    watcher: Arc<CodeWatcher>,
+    peers: Arc<Peers>,
     timers: Timers,
     inspector: OnceLock<Arc<dyn Inspect>>,
 }
@@ -80,13 +81,26 @@ impl Translator {
     /// Prepares the engine. Fails on hosts whose CPU lacks what emitted code uses.
     pub fn new(config: TranslatorConfig) -> Result<Translator, EngineError> {
         check_host()?;
+        let refused = match config.vcpus {
+            0 => Some("a machine needs one CPU"),
+            1 => None,
+            2..=VCPUS_MAX if config.lockstep > 0 => Some("lock-step is for machines with one CPU"),
+            2..=VCPUS_MAX => None,
+            _ => Some("it runs 64 CPUs at most"),
+        };
+        if let Some(reason) = refused {
+            return Err(EngineError::Unsupported {
+                engine: "translate",
+                reason: reason.to_owned(),
+            });
+        }
         let timers =
             Timers::start(Arc::clone(&config.clock)).map_err(|source| EngineError::Host {
                 what: "starting the timer thread",
                 source,
             })?;
-        let watcher = Arc::new(CodeWatcher(Mutex::new(Vec::new())));
-        config.memory.set_observer(watcher.clone());
+        let peers = Peers::new(config.memory.clone(), config.vcpus);
+        config.memory.set_observer(peers.clone());
         let bus = ApicBus::new(config.clock.tsc_hz());
         let apics = (0..config.vcpus).map(|id| Some(bus.add(id))).collect();
         Ok(Translator {
@@ -97,12 +111,13 @@ impl Translator {
                 reference: config.reference,
                 count: config.count || config.lockstep > 0,
                 trace: config.lockstep > 0,
+                yields: config.vcpus > 1,
             },
             lockstep: config.lockstep,
             doorbells: Arc::default(),
             bus,
             apics: Mutex::new(apics),
-            watcher,
+            peers,
             timers,
             inspector: OnceLock::new(),
         })
@@ -130,7 +145,7 @@ impl Translator {
                 id.0
             )));
         };
-        let shared = Arc::new(VcpuShared::default());
+        let shared = self.peers.join(id.0)?;
         let weak = Arc::downgrade(&shared);
         apic.set_notify(Arc::new(move || {
             if let Some(shared) = weak.upgrade() {
@@ -138,24 +153,21 @@ impl Translator {
             }
         }));
         self.timers.add(&apic);
-        self.watcher
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(Arc::downgrade(&shared));
         let env = Env {
             slots: self.memory.slots(),
             memory: self.memory.clone(),
             model: Arc::clone(&self.model),
             clock: Arc::clone(&self.clock),
             apic,
+            peers: Arc::clone(&self.peers),
+            me: shared,
             inputs,
             stats: VcpuStats::default(),
             exit_counts: Default::default(),
             doorbells: Arc::clone(&self.doorbells),
             divergence: None,
         };
-        let mut vcpu = Translated::new(env, self.options, shared)?;
+        let mut vcpu = Translated::new(env, self.options)?;
         vcpu.set_inspector(self.inspector.get().cloned());
         Ok(vcpu)
     }
@@ -188,6 +200,10 @@ impl Engine for Translator {
             .unwrap_or_else(PoisonError::into_inner)
             .insert(at, bell);
         Ok(())
+    }
+
+    fn memory_changed(&self) {
+        self.peers.memory_changed();
     }
 
     fn remove_doorbell(&self, at: DoorbellAddress) {

@@ -12,6 +12,8 @@ use strata_memory::{GuestMemory, SlotTable};
 
 use crate::apic::Apic;
 use crate::cpu::Cpu;
+use crate::kick::VcpuShared;
+use crate::peers::Peers;
 
 /// A guest exception to be delivered. Everything architectural is as before the instruction.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -86,6 +88,10 @@ pub struct Env {
     pub clock: Arc<MachineClock>,
     /// This vCPU's local APIC.
     pub apic: Arc<Apic>,
+    /// The vCPUs of the machine.
+    pub peers: Arc<Peers>,
+    /// What they see of this one.
+    pub me: Arc<VcpuShared>,
     /// Where non-determinism comes from.
     pub inputs: Inputs,
     /// Counters.

@@ -1,29 +1,54 @@
 //! What other threads may do to a vCPU: set request bits, wake it from HLT; and the engine's one timer thread.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use strata_engine::{Kicker, MachineClock};
-use strata_memory::{Gpa, WriteObserver};
 
 use crate::apic::Apic;
 use crate::cpu::request;
 
 /// The part of a vCPU that other threads reach.
-#[derive(Default)]
 pub struct VcpuShared {
+    id: u32,
     state: Mutex<SharedState>,
     wake: Condvar,
+    /// It may use what it remembers of memory: it is neither halted nor parked.
+    running: AtomicBool,
+    /// The last question to drop tags for stores that it answered, see [`crate::peers`].
+    answered: AtomicU64,
+    /// Stores to its code that others are making right now.
+    unsettled: AtomicU32,
 }
 
 #[derive(Default)]
 struct SharedState {
     /// The context's request word, while the vCPU exists.
     word: Option<RequestWord>,
-    /// Device writes to pages with translated code, not yet seen by the vCPU.
+    /// Writes by others to pages with translated code, not yet seen by the vCPU.
     writes: Vec<(u64, u64)>,
+    /// Questions not yet answered.
+    questions: Questions,
+    /// The number of the last one.
+    asked: u64,
 }
+
+/// What a vCPU is asked to drop.
+#[derive(Debug, Default)]
+pub struct Questions {
+    /// Tags for stores to these pages.
+    pub pages: Vec<u64>,
+    /// All tags for stores.
+    pub all: bool,
+    /// All it remembers of memory.
+    pub everything: bool,
+}
+
+/// More pages than this, and all tags for stores go.
+const QUESTIONS_MAX: usize = 64;
+/// Writes kept one by one; a vCPU that has not looked for so long drops all its blocks.
+const WRITES_MAX: usize = 4096;
 
 /// Address of `Cpu::request`.
 struct RequestWord(*const AtomicU32);
@@ -39,6 +64,23 @@ impl RequestWord {
 }
 
 impl VcpuShared {
+    /// For vCPU `id`, which stands still.
+    pub fn new(id: u32) -> VcpuShared {
+        VcpuShared {
+            id,
+            state: Mutex::default(),
+            wake: Condvar::new(),
+            running: AtomicBool::new(false),
+            answered: AtomicU64::new(0),
+            unsettled: AtomicU32::new(0),
+        }
+    }
+
+    /// The vCPU's number.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
     fn lock(&self) -> MutexGuard<'_, SharedState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -55,22 +97,25 @@ impl VcpuShared {
 
     /// Sets request bits and wakes the vCPU.
     pub fn raise(&self, bits: u32) {
-        let state = self.lock();
+        self.set(&self.lock(), bits);
+    }
+
+    fn set(&self, state: &SharedState, bits: u32) {
         if let Some(word) = &state.word {
             word.get().fetch_or(bits, Ordering::SeqCst);
         }
-        drop(state);
-        self.wake.notify_all();
+        if bits & !request::QUIET != 0 {
+            self.wake.notify_all();
+        }
     }
 
-    /// Waits until a request bit is set. For the vCPU's own thread.
+    /// Waits until a request bit is set that is worth waking for. For the vCPU's own thread, which stands still.
     pub fn wait(&self) {
         let mut state = self.lock();
-        while state
-            .word
-            .as_ref()
-            .is_some_and(|word| word.get().load(Ordering::SeqCst) == 0)
-        {
+        while state.word.as_ref().is_some_and(|word| {
+            let bits = word.get().load(Ordering::SeqCst);
+            bits & !request::QUIET == 0
+        }) {
             state = self
                 .wake
                 .wait(state)
@@ -78,28 +123,106 @@ impl VcpuShared {
         }
     }
 
-    /// Takes the device writes noted since the last call.
+    /// Takes the writes noted since the last call.
     pub fn take_writes(&self) -> Vec<(u64, u64)> {
         std::mem::take(&mut self.lock().writes)
+    }
+
+    /// Somebody else wrote `len` bytes at `gpa`, where this vCPU translated from.
+    pub fn code_written(&self, gpa: u64, len: u64) {
+        let mut state = self.lock();
+        if state.writes.len() >= WRITES_MAX {
+            // All of memory.
+            state.writes.clear();
+            state.writes.push((0, u64::MAX));
+        } else if state.writes.last() != Some(&(gpa, len)) {
+            state.writes.push((gpa, len));
+        }
+        self.set(&state, request::CODE_WRITTEN);
+    }
+
+    /// Question `number`: drop tags for stores to `page`.
+    pub fn ask_page(&self, page: u64, number: u64) {
+        let mut state = self.lock();
+        if state.questions.pages.len() >= QUESTIONS_MAX {
+            state.questions.all = true;
+        }
+        if !state.questions.all {
+            state.questions.pages.push(page);
+        }
+        self.question(state, number);
+    }
+
+    /// Question `number`: forget everything about memory.
+    pub fn ask_everything(&self, number: u64) {
+        let mut state = self.lock();
+        state.questions.everything = true;
+        self.question(state, number);
+    }
+
+    fn question(&self, mut state: MutexGuard<'_, SharedState>, number: u64) {
+        state.asked = number;
+        // Whoever stands still sees it before it does anything else.
+        self.set(&state, request::QUESTION);
+    }
+
+    /// It is this vCPU's own question.
+    pub fn asked_itself(&self, number: u64) {
+        let mut state = self.lock();
+        let answered = self.answered.load(Ordering::SeqCst) == state.asked;
+        state.asked = number;
+        if answered {
+            self.answered.store(number, Ordering::SeqCst);
+        }
+    }
+
+    /// The open questions, to be answered by [`VcpuShared::answer`] with the number.
+    pub fn take_questions(&self) -> (Questions, u64) {
+        let mut state = self.lock();
+        (std::mem::take(&mut state.questions), state.asked)
+    }
+
+    /// Everything up to question `number` has been dropped.
+    pub fn answer(&self, number: u64) {
+        self.answered.fetch_max(number, Ordering::SeqCst);
+    }
+
+    /// True if this vCPU uses nothing any more that question `number` was about.
+    pub fn has_answered(&self, number: u64) -> bool {
+        !self.is_running() || self.answered.load(Ordering::SeqCst) >= number
+    }
+
+    /// See [`VcpuShared::is_running`].
+    pub fn set_running(&self, running: bool) {
+        self.running.store(running, Ordering::SeqCst);
+    }
+
+    /// False while the vCPU stands still: halted, parked, or waiting to run alone.
+    pub fn is_running(&self) -> bool {
+        self.running.load(Ordering::SeqCst)
+    }
+
+    /// Keeps the vCPU from serializing until [`VcpuShared::release`].
+    pub fn hold(&self) {
+        self.unsettled.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Ends one [`VcpuShared::hold`].
+    pub fn release(&self) {
+        self.unsettled.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Waits until nobody is in the middle of a store to this vCPU's code.
+    pub fn settle(&self) {
+        while self.unsettled.load(Ordering::SeqCst) != 0 {
+            std::thread::yield_now();
+        }
     }
 }
 
 impl Kicker for VcpuShared {
     fn kick(&self) {
         self.raise(request::KICK);
-    }
-}
-
-/// Tells all vCPUs of device writes to pages that hold translated code.
-pub struct CodeWatcher(pub Mutex<Vec<Weak<VcpuShared>>>);
-
-impl WriteObserver for CodeWatcher {
-    fn device_wrote(&self, gpa: Gpa, len: u64) {
-        let vcpus = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for vcpu in vcpus.iter().filter_map(Weak::upgrade) {
-            vcpu.lock().writes.push((gpa.0, len));
-            vcpu.raise(request::CODE_WRITTEN);
-        }
     }
 }
 

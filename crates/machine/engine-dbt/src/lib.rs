@@ -5,7 +5,8 @@
 //! dispatcher ([`dispatch`]) sends each trap on: to the allocator ([`mmu`], [`apic`]) when an instruction changes
 //! what the guest owns, to the interpreter ([`interpret`]) when it is sensitive. It knows no device and no file.
 //!
-//! Limits today: one vCPU; hosts need AVX2 and BMI2.
+//! Each vCPU has a code cache of its own; [`peers`] is what they owe each other when code changes. Limits today: 64
+//! vCPUs; hosts need AVX2 and BMI2.
 
 #![deny(
     clippy::unwrap_used,
@@ -33,9 +34,10 @@ pub mod dispatch;
 mod engine;
 pub mod env;
 pub mod interpret;
-mod kick;
+pub mod kick;
 mod lockstep;
 pub mod mmu;
+pub mod peers;
 mod raw;
 mod signals;
 mod state;

@@ -21,7 +21,7 @@ use crate::apic::ApicBus;
 use crate::cpu::{Cpu, flags};
 use crate::dispatch::{NoBus, Translated};
 use crate::env::Env;
-use crate::kick::VcpuShared;
+use crate::peers::Peers;
 use crate::translate::Options;
 
 /// Events in one message.
@@ -132,12 +132,16 @@ impl Leader {
     pub fn start(vcpu: &mut Translated) -> Result<Leader, EngineError> {
         let memory = copy_memory(&vcpu.env().memory)?;
         let apic = ApicBus::new(vcpu.env().clock.tsc_hz()).add(vcpu.env().apic.id());
+        let peers = Peers::new(memory.clone(), 1);
+        let me = peers.join(0)?;
         let env = Env {
             slots: memory.slots(),
             memory,
             model: Arc::clone(&vcpu.env().model),
             clock: Arc::clone(&vcpu.env().clock),
             apic,
+            peers,
+            me,
             inputs: Inputs::Live,
             stats: VcpuStats::default(),
             exit_counts: Default::default(),
@@ -148,8 +152,9 @@ impl Leader {
             reference: true,
             count: true,
             trace: true,
+            yields: false,
         };
-        let mut follower = Translated::new(env, options, Arc::new(VcpuShared::default()))?;
+        let mut follower = Translated::new(env, options)?;
         let state = strata_engine::Vcpu::state(vcpu);
         strata_engine::Vcpu::set_state(&mut follower, &state)?;
         follower.cpu_mut().retired = vcpu.cpu().retired;

@@ -9,6 +9,7 @@ use strata_memory::{Gpa, SlotKind};
 
 use crate::cpu::{BOUNCE_SIZE, TLB_ENTRIES, control, flags};
 use crate::env::{Access, Exec, Fault};
+use crate::peers::Announced;
 
 /// Where a linear page lives.
 #[derive(Clone, Copy, Debug)]
@@ -40,17 +41,28 @@ mod pf {
     pub const I: u32 = 16;
 }
 
-/// A write that waits in the bounce buffer.
-#[derive(Clone, Copy, Debug)]
+/// A store of translated code that is not finished with the instruction that makes it.
+#[derive(Debug)]
 pub struct PendingStore {
     /// Linear address of the operand.
     pub linear: u64,
     /// Bytes.
     pub size: usize,
+    /// Where the instruction stored.
+    pub to: StoredTo,
+}
+
+/// Where the instruction of a [`PendingStore`] stored.
+#[derive(Debug)]
+pub enum StoredTo {
+    /// The bounce buffer, from where it must be written to one or two pages.
+    Bounce(Piece, Piece),
+    /// Memory at this guest-physical address, of which others must hear.
+    Place(u64, Option<Announced>),
 }
 
 /// One physically contiguous piece of an operand: guest-physical address and bytes.
-type Piece = (u64, usize);
+pub type Piece = (u64, usize);
 
 /// True if bits 63..47 are all equal.
 pub fn canonical(linear: u64) -> bool {
@@ -144,29 +156,73 @@ impl Exec<'_> {
         let Some(host) = self.ram(gpa, 8) else {
             return true;
         };
-        self.table_written(gpa, 8);
+        let announced = self.announce(gpa, 8);
         // SAFETY: as in `entry64`.
-        unsafe { AtomicU64::from_ptr(host.cast()) }
+        let done = unsafe { AtomicU64::from_ptr(host.cast()) }
             .compare_exchange(old, old | bits, Ordering::AcqRel, Ordering::Relaxed)
-            .is_ok()
+            .is_ok();
+        self.written(gpa, 8, announced);
+        done
     }
 
     fn mark32(&mut self, gpa: u64, old: u32, bits: u32) -> bool {
         let Some(host) = self.ram(gpa, 4) else {
             return true;
         };
-        self.table_written(gpa, 4);
+        let announced = self.announce(gpa, 4);
         // SAFETY: as in `entry32`.
-        unsafe { AtomicU32::from_ptr(host.cast()) }
+        let done = unsafe { AtomicU32::from_ptr(host.cast()) }
             .compare_exchange(old, old | bits, Ordering::AcqRel, Ordering::Relaxed)
-            .is_ok()
+            .is_ok();
+        self.written(gpa, 4, announced);
+        done
     }
 
-    fn table_written(&mut self, gpa: u64, len: u64) {
+    /// Before a store to RAM, to `len` bytes of one page.
+    fn announce(&self, gpa: u64, len: u64) -> Option<Announced> {
+        let env = &self.env;
+        let watched = env
+            .slots
+            .find(Gpa(gpa))
+            .is_some_and(|slot| slot.is_watched(gpa >> 12));
+        watched.then(|| env.peers.announce(env.me.id(), gpa, len))
+    }
+
+    /// After the store: the dirty log and whoever translated from there hear of it.
+    fn written(&mut self, gpa: u64, len: u64, announced: Option<Announced>) {
         self.env.memory.mark_dirty(Gpa(gpa), len);
-        if self.env.memory.is_watched(gpa >> 12) {
-            self.code
-                .written(gpa, len, self.cpu, &self.env.memory, &mut self.env.stats);
+        if let Some(announced) = announced
+            && self.env.peers.stored(self.env.me.id(), announced)
+        {
+            self.code.written(gpa, len, self.cpu, &mut self.env.stats);
+        }
+    }
+
+    /// Drops what the other vCPUs asked this one to drop. Not while an address from the soft TLB is in use.
+    pub fn answer(&mut self) {
+        let (questions, number) = self.env.me.take_questions();
+        if questions.everything {
+            self.env.slots = self.env.memory.slots();
+            self.cpu.flush_tlb(true);
+        }
+        if questions.all {
+            for tlb in &mut self.cpu.tlb {
+                tlb.drop_writes();
+            }
+        }
+        for page in questions.pages {
+            self.drop_writes_to(page);
+        }
+        self.env.me.answer(number);
+        self.env.peers.tell_answer(self.env.me.id());
+    }
+
+    /// Drops the tags for stores to a guest-physical page.
+    pub fn drop_writes_to(&mut self, page: u64) {
+        if let Some(host) = self.ram(page << 12, 4096) {
+            for tlb in &mut self.cpu.tlb {
+                tlb.drop_writes_to(host as u64);
+            }
         }
     }
 
@@ -460,9 +516,10 @@ impl Exec<'_> {
             {
                 return;
             }
+            let announced = self.announce(gpa, from.len() as u64);
             // SAFETY: as above.
             unsafe { copy_to_guest(host, from) };
-            self.table_written(gpa, from.len() as u64);
+            self.written(gpa, from.len() as u64, announced);
             return;
         }
         self.env.count_exit(strata_engine::ExitCause::Mmio);
@@ -735,7 +792,9 @@ impl Exec<'_> {
             Access::Write
         };
         let crosses = (linear & 0xfff) as usize + size > 4096;
-        if !crosses && !always_bounce {
+        // With other vCPUs about, what is one access must stay one.
+        let several = self.env.peers.several();
+        if !crosses && (!always_bounce || several) {
             let to = self.translate(linear, kind, user)?;
             if let Some(host) = self.ram(to.gpa, size) {
                 let slot = self.env.slots.find(Gpa(to.gpa));
@@ -746,7 +805,22 @@ impl Exec<'_> {
                             && !self.env.memory.dirty_log_on()
                     });
                 if direct {
-                    self.fill(linear, to, user);
+                    if !always_bounce {
+                        self.fill(linear, to, user);
+                    }
+                    return Ok(host);
+                }
+                if slot.is_some_and(|slot| slot.kind() == SlotKind::Ram) {
+                    if !always_bounce {
+                        self.fill(linear, to, user);
+                    }
+                    self.env.stats.bounced += 1;
+                    let announced = self.announce(to.gpa, size as u64);
+                    *pending = Some(PendingStore {
+                        linear,
+                        size,
+                        to: StoredTo::Place(to.gpa, announced),
+                    });
                     return Ok(host);
                 }
             }
@@ -772,24 +846,43 @@ impl Exec<'_> {
         bounce.copy_from_slice(operand);
         let host = bounce.as_mut_ptr();
         if access != OperandAccess::Read {
-            *pending = Some(PendingStore { linear, size });
+            *pending = Some(PendingStore {
+                linear,
+                size,
+                to: StoredTo::Bounce(first, second),
+            });
         }
         Ok(host)
     }
 
-    /// Writes a bounced operand back after its instruction ran. Permissions were checked before.
-    pub fn commit(&mut self, store: PendingStore) -> Result<(), Fault> {
+    /// Finishes a store after its instruction ran: writes a bounced operand back, tells others of one made in place.
+    pub fn commit(&mut self, store: PendingStore) {
+        let size = store.size;
+        let (first, second) = match store.to {
+            StoredTo::Bounce(first, second) => (first, second),
+            StoredTo::Place(gpa, announced) => return self.written(gpa, size as u64, announced),
+        };
         let offset = (store.linear & 63) as usize;
         let mut data = [0u8; BOUNCE_SIZE];
         let (Some(to), Some(from)) = (
-            data.get_mut(..store.size),
-            self.cpu.bounce.0.get(offset..offset + store.size),
+            data.get_mut(..size),
+            self.cpu.bounce.0.get(offset..offset + size),
         ) else {
-            return Err(Fault::UNDEFINED);
+            return;
         };
         to.copy_from_slice(from);
-        let user = self.cpu.cpl() == 3;
-        self.store_as(store.linear, to, user)
+        let (head, tail) = to.split_at(first.1.min(size));
+        self.write_physical(first.0, head);
+        if !tail.is_empty() {
+            self.write_physical(second.0, tail);
+        }
+    }
+
+    /// The instruction of a pending store faulted: it has stored nothing.
+    pub fn abandon(&mut self, store: PendingStore) {
+        if let StoredTo::Place(_, Some(announced)) = store.to {
+            let _ = self.env.peers.stored(self.env.me.id(), announced);
+        }
     }
 }
 
@@ -872,6 +965,12 @@ unsafe fn copy_to_guest(host: *mut u8, from: &[u8]) {
             }
             (4, _, Ok(bytes)) if host.addr().is_multiple_of(4) => {
                 host.cast::<u32>().write_volatile(u32::from_ne_bytes(bytes))
+            }
+            (2, ..) if host.addr().is_multiple_of(2) => {
+                if let &[low, high] = from {
+                    let value = u16::from_ne_bytes([low, high]);
+                    host.cast::<u16>().write_volatile(value);
+                }
             }
             (len, _, _) => std::ptr::copy_nonoverlapping(from.as_ptr(), host, len),
         }

@@ -30,6 +30,8 @@ pub struct Options {
     pub count: bool,
     /// Report stores and block exits to the tracer.
     pub trace: bool,
+    /// Now and then a PAUSE gives the host's processor to another thread.
+    pub yields: bool,
 }
 
 /// True if nothing of a segment has to be checked at an access: present, writable, without limit.

@@ -110,6 +110,11 @@ pub trait Engine: Send + Sync {
 
     /// Removes a doorbell; unknown addresses are ignored.
     fn remove_doorbell(&self, at: DoorbellAddress);
+
+    /// Slots of guest memory came or went, or the dirty log was started: when this returns, no vCPU works with what it
+    /// knew of memory before. Not to be called on a vCPU's own thread. Engines that ask memory each time need not do
+    /// anything.
+    fn memory_changed(&self) {}
 }
 
 /// Interrupts a running vCPU from another thread.

@@ -238,7 +238,11 @@ impl Registers {
         match mode {
             DeliveryMode::Fixed | DeliveryMode::LowestPriority => self.accept_fixed(vector, level),
             DeliveryMode::Nmi => self.nmi = true,
-            DeliveryMode::Init => self.init = true,
+            DeliveryMode::Init => {
+                self.init = true;
+                // A start-up message counts only after it.
+                self.startup = None;
+            }
             DeliveryMode::Startup => self.startup = Some(vector),
             DeliveryMode::ExtInt => self.ext_int = Some(vector),
         }

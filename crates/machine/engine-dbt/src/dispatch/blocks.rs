@@ -1,9 +1,13 @@
 //! From RIP to host code: the jump cache, the code map, the translator, and links between blocks.
 
+use std::ops::Range;
+
 use super::*;
 
 /// Guest bytes fetched for a block: more than its most instructions can have.
 const WINDOW: usize = 1024;
+/// How often a block is begun anew whose bytes others change while it is translated.
+const TRIES: usize = 10_000;
 
 impl Translated {
     /// The block at RIP, translated if need be.
@@ -49,8 +53,8 @@ impl Translated {
             match self.exec(bus).translate(next, Access::Fetch, user) {
                 Ok(to) if to.gpa >> 12 == expected => return Ok(Ok((id, key, global))),
                 Ok(_) => {
-                    self.code
-                        .written(gpa, 1, &mut self.cpu, &self.env.memory, &mut self.env.stats);
+                    let stats = &mut self.env.stats;
+                    self.code.written(gpa, 1, &mut self.cpu, stats);
                 }
                 Err(fault) => return Ok(Err(fault)),
             }
@@ -60,19 +64,49 @@ impl Translated {
             .map(|id| (id, key, global)))
     }
 
-    pub(super) fn translate_block(
+    fn translate_block(
         &mut self,
         key: Key,
         linear: u64,
         user: bool,
         bus: &dyn IoBus,
     ) -> Result<Result<u32, Fault>, EngineError> {
+        for _ in 0..TRIES {
+            match self.try_block(key, linear, user, bus)? {
+                Ok(Some(id)) => return Ok(Ok(id)),
+                Ok(None) => std::thread::yield_now(),
+                Err(fault) => return Ok(Err(fault)),
+            }
+        }
+        Err(EngineError::Internal(format!(
+            "the code at RIP {:#x} changes too fast to be translated",
+            key.rip
+        )))
+    }
+
+    /// Begins to watch a page for stores, if this vCPU has no code from it yet.
+    fn watch(&mut self, page: u64, bus: &dyn IoBus) -> u64 {
+        let (asked, new) = self.code.watch(page);
+        if new {
+            self.exec(bus).drop_writes_to(page);
+        }
+        asked
+    }
+
+    /// Translates a block. `None`: its bytes changed meanwhile.
+    fn try_block(
+        &mut self,
+        key: Key,
+        linear: u64,
+        user: bool,
+        bus: &dyn IoBus,
+    ) -> Result<Result<Option<u32>, Fault>, EngineError> {
         let started = Instant::now();
         if self.code.full() {
-            self.code
-                .flush(&mut self.cpu, &self.env.memory, &mut self.env.stats);
+            self.code.flush(&mut self.cpu, &mut self.env.stats);
             self.generation += 1;
         }
+        let mut asked = self.watch(key.gpa >> 12, bus);
         let mut bytes = [0xffu8; WINDOW + 16];
         let in_page = (4096 - (linear & 0xfff) as usize).min(WINDOW);
         let (head, tail) = bytes.split_at_mut(in_page);
@@ -98,6 +132,7 @@ impl Translated {
                     Ok(to) => to.gpa,
                     Err(fault) => return Ok(Err(fault)),
                 };
+                asked = asked.max(self.watch(gpa >> 12, bus));
                 if let Some(more) = tail.get_mut(..15) {
                     let _ = self.env.memory.read(Gpa(gpa), more);
                 }
@@ -132,15 +167,27 @@ impl Translated {
             &done.code,
             &done.links,
             &done.points,
-            &self.env.memory,
-            &mut self.cpu,
         )?;
         self.inspect_block(id, &done)?;
         let stats = &mut self.env.stats;
         stats.blocks_translated += 1;
         stats.instructions_translated += u64::from(done.instructions);
         stats.translation_ns += u64::try_from(started.elapsed().as_nanos()).unwrap_or(0);
-        Ok(Ok(id))
+        let from_first = (done.len as usize).min(in_page);
+        let source = |range: Range<usize>| bytes.get(range).map_or(Vec::new(), <[u8]>::to_vec);
+        let made_from = [
+            (key.gpa, source(0..from_first)),
+            (
+                second_page.map_or(key.gpa, |page| page << 12),
+                source(from_first..done.len as usize),
+            ),
+        ];
+        if !self.unchanged(&made_from) {
+            self.code.invalidate(id, &mut self.cpu, &mut self.env.stats);
+            return Ok(Ok(None));
+        }
+        self.watch_provisional(id, asked, made_from);
+        Ok(Ok(Some(id)))
     }
 
     /// The code at RIP, if the jump cache knows it: what is in there needs no walk.

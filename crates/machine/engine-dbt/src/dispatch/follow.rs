@@ -60,13 +60,8 @@ impl Translated {
                 Some(Input::DeviceWrite { gpa, bytes, .. }) => {
                     let _ = self.env.memory.write(Gpa(gpa), &bytes);
                     let len = bytes.len() as u64;
-                    self.code.written(
-                        gpa,
-                        len,
-                        &mut self.cpu,
-                        &self.env.memory,
-                        &mut self.env.stats,
-                    );
+                    let stats = &mut self.env.stats;
+                    self.code.written(gpa, len, &mut self.cpu, stats);
                 }
                 Some(Input::Interrupt { vector, .. }) if at == self.cpu.retired => {
                     let nmi = vector == 2;
@@ -122,8 +117,7 @@ impl Translated {
         self.options.trace = false;
         self.env.inputs = Inputs::Live;
         self.env.memory.set_recorder(None);
-        self.code
-            .flush(&mut self.cpu, &self.env.memory, &mut self.env.stats);
+        self.code.flush(&mut self.cpu, &mut self.env.stats);
         self.generation += 1;
     }
 

@@ -15,6 +15,8 @@ pub(super) struct Running {
     pub(super) pending: Option<PendingStore>,
     /// A bounced store was already told to the tracer.
     pub(super) told: bool,
+    /// All other vCPUs stand still until the store in `pending` is made.
+    pub(super) alone: bool,
     /// The follower found a difference.
     pub(super) diverged: bool,
 }
@@ -102,6 +104,7 @@ impl Running {
     pub(super) fn slow(&mut self, site: u32, linear: u64) -> u64 {
         let reference = self.reference;
         let mut pending = None;
+        let mut alone = false;
         self.told = false;
         let exec = &mut self.exec();
         let Some(site) = exec.code.mem_site(site) else {
@@ -135,6 +138,10 @@ impl Running {
         {
             Err(fault)
         } else {
+            if site.locked && (linear & 0xfff) as usize + size > 4096 && exec.env.peers.several() {
+                exec.env.peers.run_alone(&exec.env.me);
+                alone = true;
+            }
             exec.slow_access(
                 linear,
                 size,
@@ -144,17 +151,34 @@ impl Running {
                 &mut pending,
             )
         };
+        self.alone = alone;
         match result {
             Ok(host) => {
-                exec.cpu.temp[2] = u64::from(pending.is_some());
+                self.exec().cpu.temp[2] = u64::from(pending.is_some());
                 self.pending = pending;
                 host as u64
             }
             Err(fault) => {
+                self.end();
                 let pending = site.x87 && x87_exception_pending();
                 self.fault = Some(if pending { Fault::plain(16) } else { fault });
                 self.leave(reason::FAULT, site.rip, site.index)
             }
+        }
+    }
+
+    /// Ends what a store began that faulted, and the time in which this vCPU runs alone.
+    pub(super) fn end(&mut self) {
+        let pending = self.pending.take();
+        let alone = std::mem::take(&mut self.alone);
+        let exec = &mut self.exec();
+        if let Some(store) = pending {
+            exec.abandon(store);
+        }
+        if alone {
+            exec.env.peers.end_alone(&exec.env.me);
+            // Questions since then count as answered.
+            exec.answer();
         }
     }
 
@@ -168,17 +192,24 @@ impl Running {
             return self.leave(0, 0, 0);
         };
         exec.code.stale = false;
-        let offset = (store.linear & 63) as usize;
+        let (linear, size) = (store.linear, store.size);
+        let bounced = matches!(store.to, StoredTo::Bounce(..));
         let bounce = exec.cpu.bounce.0;
-        if let Err(fault) = exec.commit(store) {
-            self.fault = Some(fault);
-            return self.leave(reason::FAULT, site.rip, site.index);
-        }
-        if let Some(tracer) = self.tracer() {
-            tracer.stored(
-                store.linear,
-                bounce.get(offset..offset + store.size).unwrap_or(&[]),
-            );
+        exec.commit(store);
+        self.end();
+        if self.tracer().is_some() {
+            let offset = (linear & 63) as usize;
+            let mut data = [0u8; BOUNCE_SIZE];
+            let bytes = data.get_mut(..size).unwrap_or(&mut []);
+            if bounced {
+                bytes.copy_from_slice(bounce.get(offset..offset + size).unwrap_or(&[]));
+            } else {
+                // As in `stored`.
+                let _ = self.exec().load(linear, bytes);
+            }
+            if let Some(tracer) = self.tracer() {
+                tracer.stored(linear, bytes);
+            }
             self.told = true;
             self.device_writes(site.index + 1);
         }

@@ -53,6 +53,9 @@ pub enum Next {
     RepeatLater,
 }
 
+/// Turns of a loop with PAUSE, some microseconds, after which another thread of the host may be what it waits for.
+const PAUSES: u64 = 128;
+
 /// How an instruction ended, before RIP is moved.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Flow {
@@ -154,7 +157,12 @@ impl Exec<'_> {
             M::Cld => self.direction(false),
             M::Std => self.direction(true),
             M::Hlt => self.hlt(),
-            M::Pause | M::Nop => Ok(Flow::Next),
+            M::Pause => {
+                self.cpu.pauses = PAUSES;
+                std::thread::yield_now();
+                Ok(Flow::Next)
+            }
+            M::Nop => Ok(Flow::Next),
 
             M::Mov => self.move_special(instr),
             M::Clts => self.clts(),
@@ -181,6 +189,7 @@ impl Exec<'_> {
             M::In => self.port_in(instr),
             M::Out => self.port_out(instr),
 
+            M::Wait => self.wait(),
             M::Fxsave | M::Fxsave64 => self.fxsave(instr),
             M::Fxrstor | M::Fxrstor64 => self.fxrstor(instr),
             M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 => self.xsave(instr),

@@ -1,6 +1,8 @@
 //! The block builder: fetch, decode, treat each instruction, finish.
 
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory};
+use iced_x86::{
+    Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic,
+};
 
 use super::{MAX_INSTRUCTIONS, Mode, Options};
 use crate::asm::{Asm, Here};
@@ -73,6 +75,9 @@ pub(super) enum Cold {
         target: u64,
     },
 }
+
+/// Bytes of the longest instruction.
+const MAX_INSTRUCTION: usize = 15;
 
 pub(super) struct Builder<'a> {
     pub asm: Asm,
@@ -254,6 +259,9 @@ impl Builder<'_> {
         };
         match how {
             Treatment::Nop => true,
+            Treatment::Plain if self.options.yields && instr.mnemonic() == Mnemonic::Pause => {
+                self.pause(instr, raw)
+            }
             Treatment::Plain => self.plain(instr, raw),
             // The tracer and the reference look at each lane.
             Treatment::Masked if self.options.trace || self.options.reference => {
@@ -294,10 +302,29 @@ impl Builder<'_> {
         }
     }
 
+    /// PAUSE where other vCPUs may hold what this one spins for: every so often it is interpreted, which gives way to
+    /// other threads of the host.
+    fn pause(&mut self, instr: &Instruction, raw: Raw) -> bool {
+        use crate::asm::reg::RCX;
+        self.asm.load_ctx(RCX, off::PAUSES);
+        self.asm.lea(RCX, Some(RCX), None, -1, false);
+        self.asm.store_ctx(off::PAUSES, RCX);
+        let mut spin = Here(0);
+        self.asm.unless_rcx_zero(|asm| spin = asm.jmp_later());
+        self.interpret(instr, None);
+        self.asm.patch_here(spin);
+        self.plain(instr, raw)
+    }
+
     /// Leaves for the interpreter; the block ends.
     pub fn interpret(&mut self, instr: &Instruction, fault: Option<u8>) -> bool {
         let fault = if instr.code() == Code::INVALID && fault != Some(BREAKPOINT) {
-            Some(6)
+            // What is too long is a general protection fault, whatever it would be.
+            Some(if instr.len() >= MAX_INSTRUCTION {
+                13
+            } else {
+                6
+            })
         } else {
             fault
         };

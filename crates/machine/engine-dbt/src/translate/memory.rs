@@ -1,6 +1,6 @@
 //! Memory operands: the address, the inlined soft-TLB check, the slow path.
 
-use iced_x86::{Instruction, Register};
+use iced_x86::{Instruction, Mnemonic, Register};
 
 use super::block::{Builder, Cold, Copied};
 use super::operand::host_register;
@@ -132,6 +132,7 @@ impl Builder<'_> {
             align: alignment(instr),
             x87: waits_for_x87(instr),
             masked: self.masked.take(),
+            locked: instr.has_lock_prefix() || instr.mnemonic() == Mnemonic::Xchg,
             index: self.index,
             next: self.after_store,
         });

@@ -20,6 +20,7 @@ use crate::apic::ApicBus;
 use crate::code::CodeMap;
 use crate::cpu::{Context, Cpu, control, flags};
 use crate::env::{Env, Exec, Fault};
+use crate::peers::Peers;
 
 /// Where code, the GDT, the IDT and the TSS are.
 pub const CODE: u64 = 0x1_0000;
@@ -86,19 +87,23 @@ impl Machine {
         memory.add_slot(Gpa(0), 16 << 20, SlotKind::Ram).unwrap();
         let clock = Arc::new(MachineClock::new(2_500_000_000));
         let apics = ApicBus::new(2_500_000_000);
+        let peers = Peers::new(memory.clone(), 1);
+        let me = peers.join(0).unwrap();
         let env = Env {
             slots: memory.slots(),
             memory,
             model: Arc::new(CpuModel::named("baseline").unwrap().translated()),
             clock,
             apic: apics.add(0),
+            peers: Arc::clone(&peers),
+            me,
             inputs: Inputs::Live,
             stats: VcpuStats::default(),
             exit_counts: Default::default(),
             doorbells: Arc::default(),
             divergence: None,
         };
-        let code = CodeMap::new().unwrap();
+        let code = CodeMap::new(peers, 0).unwrap();
         let mut machine = Machine {
             cpu: Cpu::boxed(),
             env,

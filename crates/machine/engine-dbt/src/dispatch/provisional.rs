@@ -1,0 +1,62 @@
+//! Blocks from pages that other vCPUs may still store to unnoticed: their bytes are compared until all have answered.
+
+use super::*;
+
+/// A block, what it was made from, and the question whose answers it waits for.
+pub(super) struct Provisional {
+    block: u32,
+    generation: u64,
+    asked: u64,
+    bytes: [(u64, Vec<u8>); 2],
+}
+
+impl Translated {
+    /// True if memory still holds what a block was made from.
+    pub(super) fn unchanged(&self, bytes: &[(u64, Vec<u8>); 2]) -> bool {
+        bytes.iter().all(|(gpa, bytes)| {
+            let mut now = vec![0xff; bytes.len()];
+            let _ = self.env.memory.read(Gpa(*gpa), &mut now);
+            now == *bytes
+        })
+    }
+
+    /// Remembers a new block until the question is answered, if it is not.
+    pub(super) fn watch_provisional(&mut self, block: u32, asked: u64, bytes: [(u64, Vec<u8>); 2]) {
+        let (peers, me) = (&self.env.peers, self.env.me.id());
+        if peers.answered(me, asked) {
+            return;
+        }
+        // Whoever answers from here on says so.
+        peers.set_curious(me, true);
+        self.provisional.push(Provisional {
+            block,
+            generation: self.generation,
+            asked,
+            bytes,
+        });
+    }
+
+    /// Drops provisional blocks whose bytes changed, and lets go of those that cannot change unnoticed any more.
+    pub(super) fn confirm(&mut self) {
+        if self.provisional.is_empty() {
+            return;
+        }
+        let me = self.env.me.id();
+        for block in std::mem::take(&mut self.provisional) {
+            if block.generation != self.generation || self.code.is_dead(block.block) {
+                continue;
+            }
+            // Asked first: what is stored after the answer is told of.
+            let answered = self.env.peers.answered(me, block.asked);
+            if !self.unchanged(&block.bytes) {
+                let stats = &mut self.env.stats;
+                self.code.invalidate(block.block, &mut self.cpu, stats);
+            } else if !answered {
+                self.provisional.push(block);
+            }
+        }
+        if self.provisional.is_empty() {
+            self.env.peers.set_curious(me, false);
+        }
+    }
+}
