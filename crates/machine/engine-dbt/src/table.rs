@@ -308,7 +308,15 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
     {
         return Treatment::Undefined;
     }
+    if instr.mnemonic() == M::Wait && context.fpu_trap {
+        // CR0.MP decides.
+        return Treatment::Interpret;
+    }
     if (vector || uses_x87(instr)) && context.fpu_trap {
+        if code.cpuid_features().contains(&CpuidFeature::MMX) {
+            // CR0.EM and CR0.TS differ for MMX.
+            return Treatment::Interpret;
+        }
         return Treatment::NoDevice;
     }
     if matches!(

@@ -120,6 +120,10 @@ impl Exec<'_> {
             if current.vector == DOUBLE_FAULT {
                 return Next::Shutdown;
             }
+            if second.vector == PAGE_FAULT {
+                // Also of a page fault that becomes a double fault.
+                self.cpu.cr2 = second.cr2;
+            }
             origin = Origin::Fault;
             current = if doubles(current.vector, second.vector) {
                 Fault {

@@ -49,6 +49,18 @@ impl Exec<'_> {
         }
     }
 
+    /// WAIT looks at CR0.MP together with CR0.TS, and at nothing else of CR0.
+    pub(super) fn wait(&mut self) -> Result<Flow, Fault> {
+        const BOTH: u64 = control::CR0_MP | control::CR0_TS;
+        if self.cpu.cr0 & BOTH == BOTH {
+            return Err(Fault::NO_DEVICE);
+        }
+        if status_word(&self.x87_image()) & SUMMARY != 0 {
+            return Err(Fault::plain(16));
+        }
+        Ok(Flow::Next)
+    }
+
     pub(super) fn fnstenv(&mut self, instr: &Instruction) -> Result<Flow, Fault> {
         let wide = instr.memory_size() == MemorySize::FpuEnv28;
         let mut image = self.x87_image();
