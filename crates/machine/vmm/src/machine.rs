@@ -16,6 +16,7 @@ use strata_devices::PowerEvent;
 use strata_devices::virtio::VsockHost;
 use strata_engine::x86::CpuModel;
 use strata_engine::{Exit, MachineClock, VcpuId, VcpuStats};
+use strata_engine_dbt::peers::VCPUS_MAX as TRANSLATED_CPUS_MAX;
 use strata_memory::{GuestMemory, Layout};
 
 use crate::bus::EngineInterrupts;
@@ -134,7 +135,7 @@ impl Machine {
         mut ends: HostEnds,
         engine: impl FnOnce(EngineParts) -> Result<Arc<AnyEngine>, strata_engine::EngineError>,
     ) -> Result<Self, BuildError> {
-        check_cpus(config.cpus, config.engine)?;
+        check_cpus(config.cpus, config.engine, ends.engine_options)?;
         let image = match &config.boot {
             BootSource::Files(files) => BootImage::open(files)?,
             BootSource::Image(name) => return Err(BuildError::UnresolvedImage(name.clone())),
@@ -481,12 +482,19 @@ impl Machine {
     }
 }
 
-fn check_cpus(asked: u32, engine: config::EngineChoice) -> Result<(), BuildError> {
+fn check_cpus(
+    asked: u32,
+    engine: config::EngineChoice,
+    options: EngineOptions,
+) -> Result<(), BuildError> {
     let reason = match asked {
         0 => "a machine needs one",
-        1 => return Ok(()),
-        2..=CPUS_MAX if engine == config::EngineChoice::Kvm => return Ok(()),
-        2..=CPUS_MAX => "the translate engine runs one in this version",
+        2.. if options.lockstep > 0 => "lock-step runs one",
+        1..=TRANSLATED_CPUS_MAX => return Ok(()),
+        ..=CPUS_MAX if engine == config::EngineChoice::Translate => {
+            "the translate engine runs 64 at most"
+        }
+        ..=CPUS_MAX => return Ok(()),
         _ => "254 are the most",
     };
     Err(BuildError::Cpus { asked, reason })
