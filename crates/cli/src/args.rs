@@ -44,7 +44,8 @@ const MEMORY_HELP: &str = "Size of memory, with a unit: 512M, 1G; the image's de
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 #[command(override_usage = "strata run [OPTIONS] IMAGE [-- CMD...]\n       \
-    strata run [OPTIONS] --kernel FILE [--initrd FILE] [--append TEXT] [-- CMD...]")]
+    strata run [OPTIONS] --kernel FILE [--initrd FILE] [--append TEXT] [-- CMD...]\n       \
+    strata run [OPTIONS] --disk FILE [--append TEXT] [-- CMD...]")]
 pub struct RunArgs {
     /// The image to run; it is built first if it is missing
     #[arg(value_name = "IMAGE", conflicts_with = "kernel")]
@@ -61,7 +62,7 @@ pub struct RunArgs {
     /// Give the kernel this initial RAM disk
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub initrd: Option<PathBuf>,
-    /// With --kernel, the whole kernel command line; with an image, added to the image's own
+    /// With --kernel, the whole kernel command line; else added to that of the image or inside the disk
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub append: Option<String>,
     /// Add a disk; `,ro` write-protects it, `,backing=FILE` allows an image to be built on that file. May be given several times
@@ -295,9 +296,10 @@ pub fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Parsed, Failure
 fn check_run(run: &RunArgs) -> Result<(), Failure> {
     let usage = |message: String| Err(Failure::new(ExitCode::Usage, message));
     let Some(image) = &run.image else {
-        if run.kernel.is_none() {
+        if run.kernel.is_none() && run.disks.is_empty() {
             return usage(
-                "say what to run: an image, like 'strata run tiny', or --kernel FILE".to_owned(),
+                "say what to run: an image, like 'strata run tiny', or --kernel FILE, or --disk FILE with a kernel inside"
+                    .to_owned(),
             );
         }
         return Ok(());
@@ -396,7 +398,7 @@ mod tests {
         );
         refused(
             "run",
-            "say what to run: an image, like 'strata run tiny', or --kernel FILE",
+            "say what to run: an image, like 'strata run tiny', or --kernel FILE, or --disk FILE with a kernel inside",
         );
         refused(
             "run tiny --memory 512",

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use strata_image::Image;
 use strata_vmm::config::{
-    BootFiles, BootSource, ConsoleKind, DiskAccess, DiskConfig, OnReboot, VsockConfig,
+    BootFiles, BootSource, ConsoleKind, DiskAccess, DiskBoot, DiskConfig, OnReboot, VsockConfig,
 };
 use strata_vmm::{ByteSize, MachineConfig, MachineName};
 
@@ -64,23 +64,26 @@ pub fn plan(args: RunArgs) -> Result<Plan, Failure> {
     let mode = mode(&args);
     let mut memory = MachineConfig::MEMORY_DEFAULT;
     let mut disks = Vec::new();
-    let files = match &args.image {
-        Some(image) => {
+    let boot = match (&args.image, args.kernel.clone()) {
+        (Some(image), _) => {
             let image = image::find_or_build(image)?;
             if let Some(mebibytes) = image.manifest.memory_mib {
                 memory = ByteSize::mebibytes(mebibytes);
             }
             disks.extend(image.disk.clone().map(root_disk).transpose()?);
-            image_files(image, &args, &name, &mode)
+            BootSource::Files(image_files(image, &args, &name, &mode))
         }
-        None => BootFiles {
-            kernel: args.kernel.unwrap_or_default(),
+        (None, Some(kernel)) => BootSource::Files(BootFiles {
+            kernel,
             initrd: args.initrd,
             append: args.append.unwrap_or_default(),
-        },
+        }),
+        (None, None) => BootSource::Disk(DiskBoot {
+            append: args.append.unwrap_or_default(),
+        }),
     };
     disks.extend(args.disks);
-    let mut config = MachineConfig::new(name, BootSource::Files(files));
+    let mut config = MachineConfig::new(name, boot);
     config.engine = args.engine.into();
     config.cpus = args.cpus;
     config.cpu_model = args.cpu_model;
@@ -185,6 +188,7 @@ fn stem(args: &RunArgs) -> String {
     args.image
         .clone()
         .or_else(|| args.kernel.as_ref().and_then(of_file))
+        .or_else(|| args.disks.first().and_then(|disk| of_file(&disk.path)))
         .unwrap_or_default()
 }
 
@@ -232,6 +236,15 @@ mod tests {
         let expected = MachineConfig::new(config.name.clone(), BootSource::Files(files));
         assert_eq!(config, expected);
         assert!(matches!(mode, Mode::Console { kernel_log: true }));
+    }
+
+    #[test]
+    fn a_disk_alone_has_its_kernel_inside() {
+        let plan = plan_of(&["--disk", "/x/web.qcow2,format=qcow2", "--append", "quiet"]);
+        let append = "quiet".to_owned();
+        assert_eq!(plan.config.boot, BootSource::Disk(DiskBoot { append }));
+        assert_eq!(plan.config.disks.len(), 1);
+        assert_eq!(plan.name_stem.as_deref(), Some("web"));
     }
 
     #[test]

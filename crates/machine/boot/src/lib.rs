@@ -3,7 +3,7 @@
 //! This room owns the knowledge of kernel formats (bzImage, ELF, multiboot 1), of the boot protocols that go with them
 //! (Linux/x86, PVH, multiboot 1) and of the ACPI tables that describe the `modern` platform. It is pure: bytes and
 //! parameters go in, a [`LoadPlan`] comes out. It never touches guest memory, a file or an engine; the vmm carries the
-//! plan out.
+//! plan out. A kernel can also be looked for inside a disk ([`find_kernel`]), which is read only.
 //!
 //! How a kernel is started is decided by what it is:
 //!
@@ -47,6 +47,8 @@ mod linux;
 mod multiboot;
 mod pvh;
 
+mod inside;
+
 mod acpi;
 mod builder;
 mod memory_map;
@@ -60,6 +62,7 @@ mod tests;
 pub use decompress::extract_vmlinux;
 pub use entry::{Entry, Segment as CpuSegment, Table};
 pub use error::BootError;
+pub use inside::{FindError, FoundKernel, find_kernel};
 pub use memory_map::{MemoryKind, MemoryRange};
 pub use plan::{Bytes, LoadPlan, Protocol, Segment, plan};
 pub use request::{BootRequest, BzImageMode, Platform, ports};

@@ -177,6 +177,17 @@ pub enum BootSource {
     /// An image by its name; whoever owns the image store replaces it by [`BootSource::Files`] before the machine is
     /// built.
     Image(String),
+    /// The kernel that is found inside the first disk.
+    Disk(DiskBoot),
+}
+
+/// A kernel inside a disk, and what it is given.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct DiskBoot {
+    /// Added to the command line that the disk says.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub append: String,
 }
 
 /// A kernel and what it is given.
@@ -518,6 +529,14 @@ mod tests {
             serde_json::from_str::<MachineConfig>(&text).unwrap(),
             config
         );
+    }
+
+    #[test]
+    fn a_config_can_say_that_the_kernel_is_inside_the_disk() {
+        let text = r#"{ "version": 1, "name": "x", "boot": { "disk": { "append": "quiet" } }, "disks": [ { "path": "/d" } ] }"#;
+        let config: MachineConfig = serde_json::from_str(text).unwrap();
+        let append = "quiet".to_owned();
+        assert_eq!(config.boot, BootSource::Disk(DiskBoot { append }));
     }
 
     #[test]

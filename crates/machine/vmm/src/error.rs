@@ -49,6 +49,18 @@ pub enum BuildError {
         #[source]
         source: strata_boot::BootError,
     },
+    /// No kernel is found inside the disk.
+    #[error("cannot boot from disk {}", disk.display())]
+    Inside {
+        /// The disk's file.
+        disk: PathBuf,
+        /// Why.
+        #[source]
+        source: strata_boot::FindError,
+    },
+    /// The kernel is to be inside a disk, and there is none.
+    #[error("there is no disk to boot from")]
+    NoBootDisk,
     /// The memory's size is not possible.
     #[error("the machine's memory is not possible")]
     Layout(#[from] strata_memory::LayoutError),

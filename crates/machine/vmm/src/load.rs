@@ -3,40 +3,107 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use strata_boot::{BootRequest, BzImageMode, CpuSegment, Entry, Platform};
+use strata_disk::DiskBackend;
 use strata_engine::x86::{CpuState, DescriptorTable, Segment};
 use strata_memory::{GuestMemory, Layout};
 
-use crate::config::BootFiles;
+use crate::MachineConfig;
+use crate::config::BootSource;
 use crate::error::BuildError;
 
 /// Kernels and initrds bigger than this are refused: an initrd must fit below 3 GiB anyway.
 const FILE_BYTES_MAX: u64 = 2 << 30;
 
-/// The files a machine starts from. They stay open, so that a restart finds the same ones.
-pub(crate) struct BootImage {
-    kernel: BootFile,
-    initrd: Option<BootFile>,
-    append: String,
+/// What a machine starts from. Files and disks stay open, so that a restart finds the same ones.
+pub(crate) enum BootImage {
+    /// Files of the host.
+    Files {
+        kernel: BootFile,
+        initrd: Option<BootFile>,
+        append: String,
+    },
+    /// What is inside a disk at the time of the start.
+    Disk {
+        disk: Arc<dyn DiskBackend>,
+        path: PathBuf,
+        append: String,
+    },
 }
 
-struct BootFile {
+pub(crate) struct BootFile {
     what: &'static str,
     path: PathBuf,
     file: File,
 }
 
+/// What is loaded.
+struct Contents {
+    /// What the kernel is called in an error.
+    name: PathBuf,
+    kernel: Vec<u8>,
+    initrd: Option<Vec<u8>>,
+    cmdline: String,
+}
+
 impl BootImage {
-    pub(crate) fn open(files: &BootFiles) -> Result<Self, BuildError> {
-        let initrd = files.initrd.as_deref();
-        Ok(Self {
-            kernel: BootFile::open("kernel", &files.kernel)?,
-            initrd: initrd
-                .map(|path| BootFile::open("initrd", path))
-                .transpose()?,
-            append: files.append.clone(),
-        })
+    /// Opens what the configuration names; `disks` are its disks.
+    pub(crate) fn open(
+        config: &MachineConfig,
+        disks: &[Arc<dyn DiskBackend>],
+    ) -> Result<Self, BuildError> {
+        match &config.boot {
+            BootSource::Files(files) => {
+                let initrd = files.initrd.as_deref();
+                Ok(Self::Files {
+                    kernel: BootFile::open("kernel", &files.kernel)?,
+                    initrd: initrd
+                        .map(|path| BootFile::open("initrd", path))
+                        .transpose()?,
+                    append: files.append.clone(),
+                })
+            }
+            BootSource::Disk(boot) => match (disks.first(), config.disks.first()) {
+                (Some(disk), Some(named)) => Ok(Self::Disk {
+                    disk: Arc::clone(disk),
+                    path: named.path.clone(),
+                    append: boot.append.clone(),
+                }),
+                _ => Err(BuildError::NoBootDisk),
+            },
+            BootSource::Image(name) => Err(BuildError::UnresolvedImage(name.clone())),
+        }
+    }
+
+    fn read(&self) -> Result<Contents, BuildError> {
+        match self {
+            Self::Files {
+                kernel,
+                initrd,
+                append,
+            } => Ok(Contents {
+                name: kernel.path.clone(),
+                kernel: kernel.read()?,
+                initrd: initrd.as_ref().map(BootFile::read).transpose()?,
+                cmdline: append.clone(),
+            }),
+            Self::Disk { disk, path, append } => {
+                let append = Some(append.as_str()).filter(|append| !append.is_empty());
+                let found = strata_boot::find_kernel(disk, append);
+                let found = found.map_err(|source| BuildError::Inside {
+                    disk: path.clone(),
+                    source,
+                })?;
+                Ok(Contents {
+                    name: format!("{} of {}", found.path, path.display()).into(),
+                    kernel: found.kernel,
+                    initrd: found.initrd,
+                    cmdline: found.cmdline,
+                })
+            }
+        }
     }
 
     /// Puts everything into memory that is all zeros, and says how the first vCPU begins.
@@ -46,12 +113,11 @@ impl BootImage {
         layout: &Layout,
         cpus: u32,
     ) -> Result<Entry, BuildError> {
-        let kernel = self.kernel.read()?;
-        let initrd = self.initrd.as_ref().map(BootFile::read).transpose()?;
+        let contents = self.read()?;
         let request = BootRequest {
-            kernel: &kernel,
-            initrd: initrd.as_deref(),
-            cmdline: &self.append,
+            kernel: &contents.kernel,
+            initrd: contents.initrd.as_deref(),
+            cmdline: &contents.cmdline,
             layout,
             cpus,
             platform: Platform::default(),
@@ -59,7 +125,7 @@ impl BootImage {
             rng_seed: random_seed(),
         };
         let plan = strata_boot::plan(&request).map_err(|source| BuildError::Boot {
-            kernel: self.kernel.path.clone(),
+            kernel: contents.name.clone(),
             source,
         })?;
         for segment in &plan.segments {

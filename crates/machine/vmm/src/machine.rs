@@ -21,7 +21,7 @@ use strata_memory::{GuestMemory, Layout};
 
 use crate::bus::EngineInterrupts;
 use crate::chassis::Chassis;
-use crate::config::{BootSource, CPUS_MAX};
+use crate::config::CPUS_MAX;
 use crate::console::ConsoleInput;
 use crate::control::{self, ControlRequest, ErrorKind, Failure, Greeting, Request, Status};
 use crate::engines::{AnyEngine, EngineOptions, EngineParts};
@@ -136,11 +136,8 @@ impl Machine {
         engine: impl FnOnce(EngineParts) -> Result<Arc<AnyEngine>, strata_engine::EngineError>,
     ) -> Result<Self, BuildError> {
         check_cpus(config.cpus, config.engine, ends.engine_options)?;
-        let image = match &config.boot {
-            BootSource::Files(files) => BootImage::open(files)?,
-            BootSource::Image(name) => return Err(BuildError::UnresolvedImage(name.clone())),
-        };
         let disks = platform::open_disks(&config, ends.temporary.take())?;
+        let image = BootImage::open(&config, &disks)?;
         if let Some(opened) = ends.opened.take() {
             opened();
         }
