@@ -495,6 +495,8 @@ impl Translated {
             self.cpu.retired += u64::from(point.index);
         }
         let fault = match self.frame.vector {
+            // A system that knows nothing of these exceptions sees an undefined instruction.
+            19 if self.cpu.cr4 & crate::cpu::control::CR4_OSXMMEXCPT == 0 => Fault::UNDEFINED,
             vector @ (0 | 6 | 16 | 19) => Fault::plain(vector),
             13 => Fault::protection(0),
             17 => Fault {
