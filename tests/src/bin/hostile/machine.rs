@@ -170,51 +170,79 @@ impl HostileVcpu {
     }
 }
 
+impl HostileVcpu {
+    /// The driver and the guest in turns, until the guest has had all of its own or the machine wants us.
+    fn turns(&mut self, bus: &dyn IoBus, clock: &TurnClock) -> Result<Exit, EngineError> {
+        while self.shape.turns > 0 {
+            self.shape.turns -= 1;
+            device::drive(&mut self.rng, bus, self.shape.ends);
+            clock.set(Phase::Guest);
+            let exit = self.inner.run(bus);
+            clock.set(Phase::Driver);
+            if exit? == Exit::Kicked && self.asked.swap(false, Ordering::SeqCst) {
+                return Ok(Exit::Kicked);
+            }
+            match self.rng.below(10) {
+                0 => {
+                    // The state as values, there and back.
+                    let state = self.inner.state();
+                    self.inner.set_state(&state)?;
+                }
+                1..=6 => self.place(),
+                _ => {}
+            }
+        }
+        Ok(Exit::Shutdown)
+    }
+}
+
+/// Whose turn it is.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+enum Phase {
+    #[default]
+    Driver,
+    Guest,
+    Over,
+}
+
+/// Ends the guest's turns.
+#[derive(Default)]
+struct TurnClock {
+    phase: Mutex<Phase>,
+    changed: Condvar,
+}
+
+impl TurnClock {
+    fn set(&self, phase: Phase) {
+        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = phase;
+        self.changed.notify_all();
+    }
+
+    fn serve(&self, kicker: &dyn Kicker) {
+        let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
+        while *phase != Phase::Over {
+            let before = *phase;
+            let waited = self.changed.wait_timeout(phase, TURN);
+            let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            phase = now;
+            if timeout.timed_out() && before == Phase::Guest && *phase == Phase::Guest {
+                kicker.kick();
+            }
+        }
+    }
+}
+
 impl Vcpu<X86> for HostileVcpu {
     fn run(&mut self, bus: &dyn IoBus) -> Result<Exit, EngineError> {
         if !self.started {
             self.begin();
         }
+        let clock = TurnClock::default();
         let kicker = self.inner.kicker();
-        let turns = self.shape.turns;
-        let over = (Mutex::new(false), Condvar::new());
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let mut ended = over.0.lock().unwrap_or_else(PoisonError::into_inner);
-                while !*ended {
-                    ended = over
-                        .1
-                        .wait_timeout(ended, TURN)
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0;
-                    kicker.kick();
-                }
-            });
-            let result = (|| {
-                for _ in 0..turns {
-                    device::drive(&mut self.rng, bus, self.shape.ends);
-                    match self.inner.run(bus)? {
-                        Exit::Kicked => {
-                            if self.asked.swap(false, Ordering::SeqCst) {
-                                return Ok(Exit::Kicked);
-                            }
-                        }
-                        other => return Ok(other),
-                    }
-                    match self.rng.below(10) {
-                        0 => {
-                            // The state as values, there and back.
-                            let state = self.inner.state();
-                            self.inner.set_state(&state)?;
-                        }
-                        1..=6 => self.place(),
-                        _ => {}
-                    }
-                }
-                Ok(Exit::Shutdown)
-            })();
-            *over.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
-            over.1.notify_all();
+            scope.spawn(|| clock.serve(&*kicker));
+            let result = self.turns(bus, &clock);
+            clock.set(Phase::Over);
             result
         })
     }

@@ -10,7 +10,13 @@ use super::rng::Rng;
 pub const RAM: u64 = 16 << 20;
 /// Where code lies at first: eight pages.
 const CODE: u64 = 0x10_0000;
-/// Page tables: as many.
+/// Handlers that go on behind what faulted: `add qword [rsp], 3; iretq`, and one that drops an error code first.
+const HANDLERS: u64 = 0x10_8000;
+const SKIP: [u8; 27] = [
+    0x48, 0x83, 0x04, 0x24, 0x03, 0x48, 0xcf, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90,
+    0x48, 0x83, 0xc4, 0x08, 0x48, 0x83, 0x04, 0x24, 0x03, 0x48, 0xcf,
+];
+/// Page tables: sixteen.
 const TABLES: u64 = 0x20_0000;
 /// Descriptor tables and task segments.
 const DESCRIPTORS: u64 = 0x30_0000;
@@ -36,6 +42,7 @@ pub fn fill(rng: &mut Rng, memory: &GuestMemory) {
         .collect();
     low.extend(code::code(rng, 0x3000));
     put(memory, 0, &low[..0x3000]);
+    put(memory, HANDLERS, &SKIP);
     tables(rng, memory);
     descriptors(rng, memory);
     for page in 0..PAGES {
@@ -99,9 +106,8 @@ fn tables(rng: &mut Rng, memory: &GuestMemory) {
     }
     let spoiled = match rng.below(4) {
         0 => 0,
-        1 => rng.below(16),
-        2 => rng.below(512),
-        _ => rng.below(8192),
+        1 | 2 => rng.below(16),
+        _ => rng.below(2000),
     };
     for _ in 0..spoiled {
         let near = rng.pick(&[512, 2560, PAGES * 512]);
@@ -164,23 +170,34 @@ fn descriptors(rng: &mut Rng, memory: &GuestMemory) {
     }
     // Gates: two words each, mostly to code.
     for vector in 0..256u64 {
-        let to = CODE + rng.below(8 * PAGE);
+        let with_error = matches!(vector, 8 | 10..=14 | 17 | 21);
+        let tame = rng.chance(80);
+        let to = match tame {
+            true => HANDLERS + u64::from(with_error) * 16,
+            false => CODE + rng.below(8 * PAGE),
+        };
         let selector = match rng.below(10) {
+            _ if tame => 8,
             0 => rng.next() & 0xffff,
             _ => rng.pick(&[8, 0x18, 0x28 | 3, 8, 8]),
         };
         let kind = match rng.below(10) {
+            _ if tame => 0xee,
             0 => rng.next() & 0xff,
             1 => 0xee,
             2 => 0x8f,
             3 => 0x85,
             _ => 0x8e,
         };
-        let ist = if rng.chance(10) { rng.below(8) } else { 0 };
+        let ist = if !tame && rng.chance(10) {
+            rng.below(8)
+        } else {
+            0
+        };
         words.push(
             to & 0xffff | selector << 16 | ist << 32 | kind << 40 | (to >> 16 & 0xffff) << 48,
         );
-        words.push(if rng.chance(5) || vector == 250 {
+        words.push(if !tame && rng.chance(5) {
             rng.next()
         } else {
             0
@@ -194,6 +211,11 @@ fn descriptors(rng: &mut Rng, memory: &GuestMemory) {
     }
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     put(memory, DESCRIPTORS, &bytes);
+}
+
+/// The address that the low 48 bits stand for: no other gets into a base register.
+fn canonical(address: u64) -> u64 {
+    ((address as i64) << 16 >> 16) as u64
 }
 
 fn segment(selector: u16, base: u64, limit: u32, attributes: u16) -> Segment {
@@ -218,7 +240,7 @@ pub fn state(rng: &mut Rng, reset: &CpuState, wild: u64) -> CpuState {
     let (code, data, long) = (0xc09b, 0xc093, 0xa09b);
     let flat = |selector, attributes| segment(selector, 0, u32::MAX, attributes);
     let paged = 0x8001_0033;
-    let features = 0x6a0 | rng.pick(&[0, 0x4_0000, 0x37_0800, 0x14_0000, 4]);
+    let features = 0x6a0 | rng.pick(&[0, 0, 4, 0x4_0000, 0x4_0000, 0x5_0000, 0x6_0800, 0x14_0000]);
     let (cs, ss) = match rng.below(8) {
         // Real mode.
         0 => {
@@ -257,7 +279,7 @@ pub fn state(rng: &mut Rng, reset: &CpuState, wild: u64) -> CpuState {
     };
     state.segments = [ss, cs, ss, ss, ss, ss];
     for i in [4, 5] {
-        state.segments[i].base = rng.interesting() as i64 as u64;
+        state.segments[i].base = canonical(rng.interesting());
     }
     state.gdtr = DescriptorTable {
         base: DESCRIPTORS,
@@ -322,7 +344,7 @@ fn spoil(rng: &mut Rng, state: &mut CpuState) {
         _ => {
             let segment = &mut state.segments[rng.below(6) as usize];
             match rng.below(4) {
-                0 => segment.base = value,
+                0 => segment.base = canonical(value),
                 1 => segment.limit = value as u32,
                 2 => segment.attributes ^= 1 << rng.below(16),
                 _ => segment.selector = value as u16,
