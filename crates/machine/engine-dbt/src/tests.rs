@@ -2,6 +2,7 @@
 
 mod debugger;
 mod modes;
+mod smp;
 
 use std::sync::{Arc, Mutex};
 
@@ -84,17 +85,23 @@ pub fn long_mode(cpu: &mut Cpu) {
     cpu.set_rflags(2);
 }
 
+/// 16 MiB of memory with identity page tables at 0x1000.
+pub fn page_tables() -> GuestMemory {
+    let memory = GuestMemory::new();
+    memory.add_slot(Gpa(0), 16 << 20, SlotKind::Ram).unwrap();
+    memory.write_u64(Gpa(0x1000), 0x2007).unwrap();
+    memory.write_u64(Gpa(0x2000), 0x3007).unwrap();
+    for i in 0..512u64 {
+        memory
+            .write_u64(Gpa(0x3000 + i * 8), (i << 21) | 0x87)
+            .unwrap();
+    }
+    memory
+}
+
 impl TestMachine {
     pub fn new(reference: bool) -> TestMachine {
-        let memory = GuestMemory::new();
-        memory.add_slot(Gpa(0), 16 << 20, SlotKind::Ram).unwrap();
-        memory.write_u64(Gpa(0x1000), 0x2007).unwrap();
-        memory.write_u64(Gpa(0x2000), 0x3007).unwrap();
-        for i in 0..512u64 {
-            memory
-                .write_u64(Gpa(0x3000 + i * 8), (i << 21) | 0x87)
-                .unwrap();
-        }
+        let memory = page_tables();
         let engine = Translator::new(TranslatorConfig {
             memory: memory.clone(),
             clock: Arc::new(MachineClock::new(1_000_000_000)),

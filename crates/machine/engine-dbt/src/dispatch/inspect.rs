@@ -20,6 +20,7 @@ fn layout(code: &CodeMap, stubs: &Stubs) -> Layout {
         // The request word and the deferred word behind it.
         field(off::REQUEST, Usage::ReadOnly),
         field(off::RETIRED, Usage::Guest),
+        field(off::PAUSES, Usage::Guest),
     ];
     fields.extend((0..16).map(|n| field(off::gpr(n), Usage::Guest)));
     fields.extend((0..6).map(|n| field(off::seg_base(n), Usage::ReadOnly)));
