@@ -134,12 +134,19 @@ impl Apic {
         self.update(|r| std::mem::take(&mut r.nmi))
     }
 
-    /// Takes a waiting INIT; the caller resets the vCPU. The APIC is reset here.
-    pub fn take_init(&self) -> bool {
+    /// Takes a waiting INIT; the caller resets the vCPU. The APIC is reset here. A start-up message that no INIT came
+    /// before is lost unless the processor `waits` for it.
+    pub fn take_init(&self, waits: bool) -> bool {
+        let now = self.waiting();
+        if !now.init && (waits || now.startup.is_none()) {
+            return false;
+        }
         self.update(|r| {
             let init = std::mem::take(&mut r.init);
             if init {
                 r.reset_registers();
+            } else if !waits {
+                r.startup = None;
             }
             init
         })

@@ -74,6 +74,59 @@ pub struct JumpCache {
     based: bool,
 }
 
+/// Where pages of more than 4 KiB were used: the TLBs hold their 4 KiB parts, and INVLPG drops all of them.
+pub struct LargePages {
+    /// By size of pages, and apart for those that are not global and those that are: one bit per region of that size,
+    /// modulo.
+    regions: [[[u64; 64]; 2]; 2],
+}
+
+impl LargePages {
+    /// None yet.
+    const NONE: LargePages = LargePages {
+        regions: [[[0; 64]; 2]; 2],
+    };
+    /// Sizes that are told apart. All up to 4 MiB count as this large: dropping more than one must is allowed.
+    const SHIFTS: [u32; 2] = [22, 30];
+
+    /// Notes the use of a page of `1 << shift` bytes.
+    pub fn note(&mut self, linear: u64, shift: u32, global: bool) {
+        for (known, regions) in LargePages::SHIFTS.into_iter().zip(&mut self.regions) {
+            let region = linear >> known;
+            let word = regions
+                .get_mut(usize::from(global))
+                .and_then(|bits| bits.get_mut((region / 64 % 64) as usize));
+            if let Some(word) = word
+                && shift <= known
+            {
+                *word |= 1 << (region % 64);
+                return;
+            }
+        }
+    }
+
+    /// What must be dropped for the page at `linear`: `1 << shift` bytes.
+    fn shift(&self, linear: u64) -> u32 {
+        let used = |(known, regions): &(u32, &[[u64; 64]; 2])| {
+            let region = linear >> known;
+            let word = |bits: &[u64; 64]| bits.get((region / 64 % 64) as usize).copied();
+            regions
+                .iter()
+                .filter_map(word)
+                .any(|word| word & 1 << (region % 64) != 0)
+        };
+        let mut sizes = LargePages::SHIFTS.into_iter().zip(&self.regions).rev();
+        sizes.find(used).map_or(12, |(known, _)| known)
+    }
+
+    /// Forgets pages that are not global.
+    fn forget_local(&mut self) {
+        for [local, _] in &mut self.regions {
+            local.fill(0);
+        }
+    }
+}
+
 impl SoftTlb {
     /// Empties one entry.
     pub fn drop_entry(&mut self, index: usize) {
@@ -112,20 +165,20 @@ impl JumpCache {
         self.based = false;
     }
 
-    /// Drops the entries that may depend on the mapping of `linear`'s page: those whose code begins in it, or in the
-    /// page before and may reach into it.
-    fn clear_page(&mut self, linear: u64) {
+    /// Drops the entries that may depend on the mapping of the page of `1 << shift` bytes at `linear`: those whose code
+    /// begins in it, or in the 4 KiB before and may reach into it.
+    fn clear_page(&mut self, linear: u64, shift: u32) {
         let page = linear >> 12;
         let word = self.pages.get((page / 64 % 64) as usize);
-        if word.is_none_or(|word| word & 1 << (page % 64) == 0) {
+        if shift == 12 && word.is_none_or(|word| word & 1 << (page % 64) == 0) {
             return;
         }
         if self.based {
             return self.clear();
         }
+        let first = (linear >> shift << shift).wrapping_sub(4096);
         for (tag, &empty) in self.tag.iter_mut().zip(&EMPTY_JUMP) {
-            let begins = tag.wrapping_neg() >> 12;
-            if page.wrapping_sub(begins) & (u64::MAX >> 12) <= 1 {
+            if tag.wrapping_neg().wrapping_sub(first) < (1 << shift) + 4096 {
                 *tag = empty;
             }
         }
@@ -229,6 +282,8 @@ pub struct Cpu {
     pub tlb: [SoftTlb; 2],
     /// The jump caches by [`Privilege`].
     pub jump: [JumpCache; 2],
+    /// Where they hold parts of large pages.
+    pub large: LargePages,
 
     /// ES, CS, SS, DS, FS, GS. Change bases only through [`Cpu::set_segment`].
     pub segments: [Segment; 6],
@@ -362,6 +417,8 @@ pub mod control {
     pub const CR0_NE: u64 = 1 << 5;
     pub const CR0_WP: u64 = 1 << 16;
     pub const CR0_AM: u64 = 1 << 18;
+    pub const CR0_NW: u64 = 1 << 29;
+    pub const CR0_CD: u64 = 1 << 30;
     pub const CR0_PG: u64 = 1 << 31;
     pub const CR4_TSD: u64 = 1 << 2;
     pub const CR4_DE: u64 = 1 << 3;
@@ -500,6 +557,24 @@ impl Cpu {
         self.flush_tlb(true);
     }
 
+    /// What INIT does: a reset that leaves alone caching, vectors, x87 and most model-specific registers (SDM vol. 3,
+    /// table 10-1).
+    pub fn init(&mut self) {
+        let cached = self.cr0 & (control::CR0_CD | control::CR0_NW);
+        let (xcr0, pat, mxcsr) = (self.xcr0, self.pat, self.mxcsr);
+        let calls = (self.star, self.lstar, self.cstar, self.sfmask);
+        let sysenter = (self.sysenter_cs, self.sysenter_esp, self.sysenter_eip);
+        let (gs, aux) = (self.kernel_gs_base, self.tsc_aux);
+        let (ymm, fx) = (self.ymm.0, self.fx.0);
+        self.reset();
+        self.cr0 = self.cr0 & !(control::CR0_CD | control::CR0_NW) | cached;
+        (self.xcr0, self.pat, self.mxcsr) = (xcr0, pat, mxcsr);
+        (self.star, self.lstar, self.cstar, self.sfmask) = calls;
+        (self.sysenter_cs, self.sysenter_esp, self.sysenter_eip) = sysenter;
+        (self.kernel_gs_base, self.tsc_aux) = (gs, aux);
+        (self.ymm.0, self.fx.0) = (ymm, fx);
+    }
+
     /// RFLAGS, put together.
     pub fn rflags(&self) -> u64 {
         (self.arith & flags::ARITH)
@@ -632,6 +707,11 @@ impl Cpu {
 
     /// Empties the soft TLBs and jump caches; global mappings stay unless `global`.
     pub fn flush_tlb(&mut self, global: bool) {
+        if global {
+            self.large = LargePages::NONE;
+        } else {
+            self.large.forget_local();
+        }
         for (tlb, jump) in self.tlb.iter_mut().zip(self.jump.iter_mut()) {
             if global || tlb.global.iter().all(|&bits| bits == 0) {
                 tlb.read.copy_from_slice(&EMPTY_TLB);
@@ -660,12 +740,12 @@ impl Cpu {
         }
     }
 
-    /// Drops what the TLBs hold of one page, global or not (INVLPG), and the jump caches.
+    /// Drops what the TLBs and the jump caches hold of the page at `linear`, whatever its size, global or not (INVLPG).
     pub fn flush_page(&mut self, linear: u64) {
-        let index = (linear >> 12) as usize % TLB_ENTRIES;
+        let shift = self.large.shift(linear);
         for (tlb, jump) in self.tlb.iter_mut().zip(self.jump.iter_mut()) {
-            tlb.drop_entry(index);
-            jump.clear_page(linear);
+            tlb.drop_page(linear, shift);
+            jump.clear_page(linear, shift);
         }
     }
 }

@@ -194,7 +194,9 @@ impl Translated {
                 continue;
             }
             if bits & request::KICK != 0 {
-                // What else was asked for is looked at when the vCPU runs again.
+                // Other threads do not see INIT and start-up in a state, so they come first; all else that was asked
+                // for is looked at when the vCPU runs again.
+                self.start_up();
                 self.cpu.raise_request(request::INTERRUPT);
                 return Some(Exit::Kicked);
             }
@@ -222,22 +224,10 @@ impl Translated {
         if !self.env.apic.pending() {
             return None;
         }
+        if self.start_up() {
+            return None;
+        }
         let waiting = self.env.apic.waiting();
-        if waiting.init && self.env.apic.take_init() {
-            self.cpu.reset();
-            self.cpu.wait_for_sipi = self.env.apic.id() != 0;
-            return None;
-        }
-        if waiting.startup.is_some() && !self.cpu.wait_for_sipi {
-            // A start-up message to a processor that runs is lost.
-            self.env.apic.take_startup();
-        }
-        if self.cpu.wait_for_sipi {
-            if let Some(vector) = self.env.apic.take_startup() {
-                self.cpu.start_at(vector);
-            }
-            return None;
-        }
         if waiting.nmi && !self.cpu.nmi_blocked && self.env.apic.take_nmi() {
             self.cpu.halted = false;
             self.env.inputs.arrived(Input::Interrupt {
@@ -263,6 +253,21 @@ impl Translated {
         self.env.stats.interrupts += 1;
         self.count_step();
         self.deliver(bus, vector, false)
+    }
+
+    /// Takes INIT and start-up. True if no other event may be taken.
+    fn start_up(&mut self) -> bool {
+        if self.env.apic.take_init(self.cpu.wait_for_sipi) {
+            self.cpu.init();
+            self.cpu.wait_for_sipi = self.env.apic.id() != 0;
+        }
+        if self.cpu.wait_for_sipi {
+            if let Some(vector) = self.env.apic.take_startup() {
+                self.cpu.start_at(vector);
+            }
+            return true;
+        }
+        false
     }
 
     fn deliver(&mut self, bus: &dyn IoBus, vector: u8, nmi: bool) -> Option<Exit> {

@@ -91,7 +91,7 @@ fn processors_start_each_other_and_send_themselves_interrupts() {
     let (_bus, apics) = enabled(3);
     write(&apics[0], 0x310, 1 << 24, 0);
     write(&apics[0], 0x300, 0x4500, 0);
-    assert!(apics[1].waiting().init && apics[1].take_init());
+    assert!(apics[1].waiting().init && apics[1].take_init(false));
     assert_eq!(read(&apics[1], 0xf0, 0), 0xff);
     write(&apics[0], 0x300, 0x4699, 0);
     assert_eq!(apics[1].take_startup(), Some(0x99));

@@ -7,8 +7,6 @@ use super::operand::CS;
 use crate::cpu::{control as cr, flags};
 use crate::env::{Access, Exec, Fault};
 
-const CR0_NW: u64 = 1 << 29;
-const CR0_CD: u64 = 1 << 30;
 const CR0_WRITABLE: u64 = cr::CR0_PE
     | cr::CR0_MP
     | cr::CR0_EM
@@ -16,8 +14,8 @@ const CR0_WRITABLE: u64 = cr::CR0_PE
     | cr::CR0_NE
     | cr::CR0_WP
     | cr::CR0_AM
-    | CR0_NW
-    | CR0_CD
+    | cr::CR0_NW
+    | cr::CR0_CD
     | cr::CR0_PG;
 const DR6_FIXED: u64 = 0xffff_0ff0;
 const DR6_WRITABLE: u64 = 0xe00f;
@@ -102,7 +100,7 @@ impl Exec<'_> {
         let paging = value & cr::CR0_PG != 0;
         if value >> 32 != 0
             || (paging && value & cr::CR0_PE == 0)
-            || (value & CR0_NW != 0 && value & CR0_CD == 0)
+            || (value & cr::CR0_NW != 0 && value & cr::CR0_CD == 0)
         {
             return Err(Fault::protection(0));
         }
