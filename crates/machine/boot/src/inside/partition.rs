@@ -57,7 +57,8 @@ fn sector(disk: &dyn DiskBackend, number: u64) -> Result<Option<[u8; 512]>, Disk
     }
 }
 
-fn le(bytes: &[u8], at: usize, len: usize) -> u64 {
+/// A little-endian number of up to eight bytes; zero where there are no bytes.
+pub(super) fn le(bytes: &[u8], at: usize, len: usize) -> u64 {
     let field = bytes.get(at..at + len).unwrap_or_default().iter().rev();
     field.fold(0, |value, byte| value << 8 | u64::from(*byte))
 }

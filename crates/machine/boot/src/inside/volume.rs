@@ -8,10 +8,15 @@ use ext4_view::{Ext4, Ext4Error, Ext4Read};
 use strata_disk::{DiskBackend, DiskError};
 
 use super::FindError;
-use super::partition::Partition;
+use super::partition::{Partition, le};
 
 /// Names in a directory that are looked at.
 const NAMES_MAX: usize = 4096;
+
+/// The library reserves memory by what a superblock says: what no file system has is refused before. Blocks of 64 KiB are
+/// the greatest; a million groups of the usual size are 128 TiB.
+const BLOCK_BITS_MAX: u64 = 16;
+const GROUPS_MAX: u64 = 1 << 20;
 
 /// What begins where, and what it is then called.
 const KINDS: [(u64, &[u8], &str); 9] = [
@@ -63,6 +68,28 @@ impl Ext4Read for Window {
     }
 }
 
+fn superblock(disk: &dyn DiskBackend, partition: &Partition) -> Result<[u8; 1024], DiskError> {
+    let mut bytes = [0; 1024];
+    if partition.len >= 2048 {
+        disk.read_at(partition.start + 1024, &mut bytes)?;
+    }
+    Ok(bytes)
+}
+
+/// Whether a superblock's sizes are those of a file system that fits into its partition.
+fn is_bearable(superblock: &[u8; 1024], partition_len: u64) -> bool {
+    let field = |at| le(superblock, at, 4);
+    let block_bits = field(0x18) + 10;
+    let is_64_bit = field(0x60) & 0x80 != 0;
+    let high = if is_64_bit { field(0x150) << 32 } else { 0 };
+    let blocks = high | field(0x4);
+    if block_bits > BLOCK_BITS_MAX || blocks > partition_len >> block_bits {
+        return false;
+    }
+    let groups = blocks.checked_div(field(0x20));
+    groups.is_some_and(|groups| groups < GROUPS_MAX)
+}
+
 /// A file system that can be read.
 pub(super) struct Volume {
     pub(super) partition: Partition,
@@ -79,6 +106,10 @@ impl Volume {
             disk: disk.clone(),
             partition: partition.clone(),
         };
+        let superblock = superblock(&**disk, partition).map_err(|error| error.to_string())?;
+        if !is_bearable(&superblock, partition.len) {
+            return Err("its sizes are impossible".to_owned());
+        }
         let files = Ext4::load(Box::new(window)).map_err(|error| error.to_string())?;
         Ok(Volume {
             partition: partition.clone(),
