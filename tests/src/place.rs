@@ -111,6 +111,11 @@ impl Place {
         &self.root
     }
 
+    /// A program of this workspace that Cargo built with the tests.
+    pub fn built(&self, name: &str) -> PathBuf {
+        built_binary().with_file_name(name)
+    }
+
     /// A directory of the unprivileged user's own that goes when dropped; its contents are seen at [`Place::seen`].
     pub fn scratch(&self) -> tempfile::TempDir {
         let directory = tempfile::Builder::new()

@@ -17,6 +17,8 @@ use crate::bench::initrd::push;
 use crate::phases::Phases;
 use crate::{guest, setup, shell};
 
+mod suite;
+
 /// Options of `cargo xtask lab`.
 #[derive(Args, Clone)]
 pub struct LabArguments {
@@ -27,8 +29,11 @@ pub struct LabArguments {
     #[arg(long)]
     no_tests: bool,
     /// Run nothing but the engine's unit tests.
-    #[arg(long, conflicts_with_all = ["cpus", "no_tests"])]
+    #[arg(long, conflicts_with_all = ["cpus", "no_tests", "suite_only"])]
     tests_only: bool,
+    /// Run nothing but the guest suite.
+    #[arg(long, conflicts_with_all = ["cpus", "no_tests"])]
+    suite_only: bool,
     /// Give up an outer machine after this many seconds.
     #[arg(long, default_value_t = 300)]
     patience: u64,
@@ -41,19 +46,30 @@ const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 /// Seconds for one machine inside. On an idle host it takes ten to twenty.
 const BOOT_LIMIT: u32 = 120;
+/// The check that the guest suite says the same as on the translator.
+const SUITE: &str = "guest suite";
 /// What it says last.
 const DONE: &str = "lab: done";
 
 impl LabArguments {
     /// The numbers of CPUs of the machines to boot.
     fn machines(&self) -> &[u32] {
-        if self.tests_only { &[] } else { &self.cpus }
+        if self.tests_only || self.suite_only {
+            &[]
+        } else {
+            &self.cpus
+        }
+    }
+
+    /// Whether the engine's unit tests run.
+    fn tests(&self) -> bool {
+        !self.no_tests && !self.suite_only
     }
 
     /// What each outer machine runs. They are fresh ones, because QEMU's emulation has stood still in one that had
     /// run much before.
     fn parts(&self) -> Vec<LabArguments> {
-        let tests = (!self.no_tests).then(|| LabArguments {
+        let tests = self.tests().then(|| LabArguments {
             tests_only: true,
             ..self.clone()
         });
@@ -62,7 +78,11 @@ impl LabArguments {
             no_tests: true,
             ..self.clone()
         });
-        tests.into_iter().chain(machines).collect()
+        let suite = (!self.tests_only).then(|| LabArguments {
+            suite_only: true,
+            ..self.clone()
+        });
+        tests.into_iter().chain(machines).chain(suite).collect()
     }
 }
 
@@ -74,17 +94,30 @@ pub fn run(arguments: &LabArguments) -> Result<ExitCode> {
         setup::ensure(setup::BENCH_TOOLS)
     })?;
     let strata = phases.run("build strata", || guest::build_strata(false))?;
-    let tests = phases.run("build the engine's tests", || match arguments.no_tests {
-        true => Ok(None),
-        false => build_tests().map(Some),
+    let tests = phases.run("build the engine's tests", || match arguments.tests() {
+        false => Ok(None),
+        true => build_tests().map(Some),
     })?;
+    let suite = phases.run("build the guest suite", suite::Suite::build)?;
     let kernel = guest::tiny_kernel(&strata)?;
     let tiny = guest::tiny_initrd(&strata)?;
     let mut passed = Vec::new();
     for part in arguments.parts() {
-        let initrd = outer_initrd(&part, &strata, tests.as_deref(), &kernel, &tiny)?;
+        let script = script(&part, &suite);
+        let files = Files {
+            strata: &strata,
+            tests: tests.as_deref(),
+            suite: &suite.image,
+            kernel: &kernel,
+            tiny: &tiny,
+        };
+        let initrd = outer_initrd(&script, &files)?;
         let name = format!("outer machine: {}", checks(&part).join(", "));
-        passed.extend(phases.run(&name, || watch(&kernel, &initrd, part.patience))?);
+        let seen = phases.run(&name, || watch(&kernel, &initrd, part.patience))?;
+        passed.extend(seen.passed);
+        if part.suite_only && suite.judge(&strata, &seen.said)? {
+            passed.push(SUITE.to_owned());
+        }
     }
     phases.print();
     let missing: Vec<String> = checks(arguments)
@@ -102,12 +135,15 @@ pub fn run(arguments: &LabArguments) -> Result<ExitCode> {
 /// The names of all checks, as the script prints them.
 fn checks(arguments: &LabArguments) -> Vec<String> {
     let mut checks = Vec::new();
-    if !arguments.no_tests {
+    if arguments.tests() {
         checks.push("unit tests".to_owned());
     }
     for cpus in arguments.machines() {
         checks.push(format!("console with {cpus} CPUs"));
         checks.push(format!("command with {cpus} CPUs"));
+    }
+    if arguments.suite_only || arguments.parts().iter().any(|part| part.suite_only) {
+        checks.push(SUITE.to_owned());
     }
     checks
 }
@@ -134,14 +170,24 @@ fn build_tests() -> Result<PathBuf> {
         .context("cargo names no test program")
 }
 
+/// What the outer machine is given.
+struct Files<'a> {
+    strata: &'a Path,
+    tests: Option<&'a Path>,
+    suite: &'a Path,
+    kernel: &'a Path,
+    tiny: &'a Path,
+}
+
 /// The RAM disk of the outer machine: that of `tiny`, with the lab's files on top.
-fn outer_initrd(
-    arguments: &LabArguments,
-    strata: &Path,
-    tests: Option<&Path>,
-    kernel: &Path,
-    tiny: &Path,
-) -> Result<PathBuf> {
+fn outer_initrd(script: &str, files: &Files) -> Result<PathBuf> {
+    let &Files {
+        strata,
+        tests,
+        suite,
+        kernel,
+        tiny,
+    } = files;
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     // The kernel unpacks archives one after the other; later files replace earlier ones.
@@ -150,7 +196,8 @@ fn outer_initrd(
     for directory in ["lab", "lab/lib", "lib64"] {
         push(&mut archive, directory, DIRECTORY, &[])?;
     }
-    push(&mut archive, "init", PROGRAM, script(arguments).as_bytes())?;
+    push(&mut archive, "init", PROGRAM, script.as_bytes())?;
+    push(&mut archive, "lab/suite", PROGRAM, &read(suite)?)?;
     push(&mut archive, "lab/kernel", PROGRAM, &read(kernel)?)?;
     push(&mut archive, "lab/initrd", PROGRAM, &read(tiny)?)?;
     push(&mut archive, "lab/strata", PROGRAM, &read(strata)?)?;
@@ -199,7 +246,7 @@ fn outer_initrd(
 }
 
 /// The first program of the outer machine.
-fn script(arguments: &LabArguments) -> String {
+fn script(arguments: &LabArguments, suite: &suite::Suite) -> String {
     let mut script = String::from(
         "#!/bin/sh\n\
          export PATH=/bin LD_LIBRARY_PATH=/lab/lib HOME=/tmp XDG_RUNTIME_DIR=/run\n\
@@ -210,7 +257,7 @@ fn script(arguments: &LabArguments) -> String {
          /lab/strata info\n\
          passed() { echo \"lab: pass $1\"; }\n",
     );
-    if !arguments.no_tests {
+    if arguments.tests() {
         script
             .push_str("STRATA_KVM_REQUIRED=1 /lab/tests --test-threads 1 && passed 'unit tests'\n");
     }
@@ -227,6 +274,9 @@ fn script(arguments: &LabArguments) -> String {
              echo \"exit status $code, CPUs $(cat /tmp/out)\"\n\
              [ $code = 7 ] && [ \"$(cat /tmp/out)\" = {cpus} ] && passed 'command with {cpus} CPUs'\n",
         ));
+    }
+    if arguments.suite_only {
+        script.push_str(&suite.script());
     }
     script.push_str(&format!("echo '{DONE}'\npoweroff -f\n"));
     script
@@ -294,8 +344,17 @@ fn from_package(package: &Path, suffix: &str) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// Runs the outer machine, prints its console, and returns the checks that passed.
-fn watch(kernel: &Path, initrd: &Path, patience: u64) -> Result<Vec<String>> {
+/// What an outer machine printed.
+#[derive(Default)]
+struct Seen {
+    /// Checks that passed.
+    passed: Vec<String>,
+    /// What guests of the suite said.
+    said: Vec<String>,
+}
+
+/// Runs the outer machine, prints its console, and returns what counts.
+fn watch(kernel: &Path, initrd: &Path, patience: u64) -> Result<Seen> {
     let mut command = shell::command("timeout");
     command.arg(patience.to_string()).arg("qemu-system-x86_64");
     command.args([
@@ -330,7 +389,7 @@ fn watch(kernel: &Path, initrd: &Path, patience: u64) -> Result<Vec<String>> {
             .context("the outer machine has no output")?,
     );
     let start = Instant::now();
-    let (mut passed, mut done, mut line) = (Vec::new(), false, Vec::new());
+    let (mut seen, mut done, mut line) = (Seen::default(), false, Vec::new());
     while output
         .read_until(b'\n', &mut line)
         .is_ok_and(|length| length > 0)
@@ -339,8 +398,13 @@ fn watch(kernel: &Path, initrd: &Path, patience: u64) -> Result<Vec<String>> {
             .chars()
             .filter(|c| !c.is_control())
             .collect();
-        println!("  {:>6.1} {text}", start.elapsed().as_secs_f64());
-        passed.extend(text.strip_prefix(PASS).map(str::to_owned));
+        if let Some(said) = text.strip_prefix(suite::SAYS) {
+            seen.said.push(said.to_owned());
+        } else {
+            println!("  {:>6.1} {text}", start.elapsed().as_secs_f64());
+        }
+        seen.passed
+            .extend(text.strip_prefix(PASS).map(str::to_owned));
         done |= text == DONE;
         line.clear();
     }
@@ -351,7 +415,7 @@ fn watch(kernel: &Path, initrd: &Path, patience: u64) -> Result<Vec<String>> {
             start.elapsed().as_secs()
         );
     }
-    Ok(passed)
+    Ok(seen)
 }
 
 #[cfg(test)]
@@ -364,11 +428,13 @@ mod tests {
             cpus: vec![1, 3],
             no_tests: false,
             tests_only: false,
+            suite_only: false,
             patience: 1,
         };
-        let script = script(&arguments);
+        let script = script(&arguments, &suite::Suite::default());
         for check in checks(&arguments) {
-            assert!(script.contains(&format!("passed '{check}'")), "{check}");
+            let passes = script.contains(&format!("passed '{check}'"));
+            assert!(passes || check == SUITE, "{check}");
         }
         assert!(script.contains(DONE));
     }

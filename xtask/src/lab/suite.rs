@@ -1,0 +1,148 @@
+//! The guest suite in the lab: what it says on the KVM engine, compared with what it says on the translator.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::shell;
+
+/// How the outer machine's script begins a line that a guest said: then come its name, its CPUs and the line.
+pub const SAYS: &str = "lab: says ";
+/// Seconds for one guest.
+const LIMIT: u32 = 60;
+
+/// Lines that may differ, by guest and beginning, with the reason. Features that only one model has are `absent` on the
+/// other side and need no entry.
+const DIFFERENCES: &[(&str, &str, &str)] = &[];
+
+/// The suite's image and guests.
+#[derive(Default)]
+pub struct Suite {
+    /// The image.
+    pub image: PathBuf,
+    /// Names and numbers of CPUs.
+    guests: Vec<(String, String)>,
+}
+
+impl Suite {
+    /// Builds the image.
+    pub fn build() -> Result<Suite> {
+        shell::run(shell::cargo().args(["build", "--package", "strata-guest-suite"]))?;
+        let program = shell::target_dir().join("debug/strata-guest-suite");
+        let directory = shell::target_dir().join("lab");
+        std::fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
+        let image = directory.join("suite");
+        shell::run(shell::command(&program).arg(&image))?;
+        let guest = |line: &str| {
+            let (name, cpus) = line.split_once(' ')?;
+            Some((name.to_owned(), cpus.to_owned()))
+        };
+        let list = shell::output(&mut shell::command(&program))?;
+        Ok(Suite {
+            image,
+            guests: list.lines().filter_map(guest).collect(),
+        })
+    }
+
+    /// What the outer machine does for it.
+    pub fn script(&self) -> String {
+        let run = |(name, cpus): &(String, String)| {
+            format!(
+                "timeout {LIMIT} /lab/strata run --engine kvm --cpus {cpus} --memory 128M --debug-exit --on-reboot exit \
+                 --kernel /lab/suite --append '{name} {cpus}' >/tmp/out 2>&1; code=$?\n\
+                 sed 's/^/{SAYS}{name} {cpus} /' /tmp/out; echo \"{name} with {cpus} CPUs: status $code\"\n"
+            )
+        };
+        self.guests.iter().map(run).collect()
+    }
+
+    /// Whether all guests said what they say on the translator; prints what differs.
+    pub fn judge(&self, strata: &Path, said: &[String]) -> Result<bool> {
+        let mut same = true;
+        for (name, cpus) in &self.guests {
+            let mut command = shell::command(strata);
+            command.args(["run", "--engine", "translate", "--memory", "128M"]);
+            command.args(["--debug-exit", "--on-reboot", "exit", "--cpus", cpus]);
+            command.arg("--kernel").arg(&self.image);
+            command.arg("--append").arg(format!("{name} {cpus}"));
+            let output = command
+                .output()
+                .context("cannot run a guest on the translator")?;
+            let translated = String::from_utf8_lossy(&output.stdout).into_owned();
+            let prefix = format!("{name} {cpus} ");
+            let on_kvm: Vec<&str> = said
+                .iter()
+                .filter_map(|line| line.strip_prefix(&prefix))
+                .collect();
+            let different = differences(name, &translated.lines().collect::<Vec<_>>(), &on_kvm);
+            for line in &different {
+                println!("lab: {name} with {cpus} CPUs differs: {line}");
+            }
+            same &= different.is_empty();
+        }
+        Ok(same)
+    }
+}
+
+/// The lines that are on one side only and may not be.
+fn differences(guest: &str, translated: &[&str], on_kvm: &[&str]) -> Vec<String> {
+    let sum = format!("{guest}: ");
+    let allowed = |line: &str| {
+        line.starts_with(&sum)
+            || DIFFERENCES
+                .iter()
+                .any(|(name, beginning, _)| *name == guest && line.starts_with(beginning))
+    };
+    // A feature that is absent on one side takes the lines that begin with its name from the other.
+    let absent: Vec<&str> = translated
+        .iter()
+        .chain(on_kvm)
+        .filter_map(|line| line.strip_suffix(" absent"))
+        .collect();
+    let counts = |line: &&&str| !allowed(line) && !absent.iter().any(|name| line.starts_with(name));
+    let mut rest: Vec<&str> = on_kvm.iter().filter(counts).copied().collect();
+    let mut different = Vec::new();
+    for line in translated.iter().filter(counts) {
+        match rest.iter().position(|other| other == line) {
+            Some(at) => {
+                rest.remove(at);
+            }
+            None => different.push(format!("translate: {line}")),
+        }
+    }
+    different.extend(rest.iter().map(|line| format!("kvm: {line}")));
+    let summed = on_kvm.iter().any(|line| line.starts_with(&sum));
+    if !summed {
+        different.push("kvm: it did not reach its end".to_owned());
+    }
+    different
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_differs_is_found() {
+        let one = [
+            "a 0x1",
+            "b 0x2",
+            "x2APIC 0x1",
+            "x2APIC: version 0x14",
+            "g: 4 checks, 0 wrong",
+        ];
+        let other = [
+            "a 0x1",
+            "b 0x3 WRONG, not 0x2",
+            "x2APIC absent",
+            "g: 2 checks, 1 wrong",
+        ];
+        assert_eq!(
+            differences("g", &one, &other),
+            ["translate: b 0x2", "kvm: b 0x3 WRONG, not 0x2"]
+        );
+        assert_eq!(differences("g", &one, &one), [""; 0]);
+        assert!(differences("g", &one, &one[..4])[0].contains("end"));
+    }
+}
