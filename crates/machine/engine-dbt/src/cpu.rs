@@ -140,6 +140,19 @@ impl SoftTlb {
         }
     }
 
+    /// Empties what is held of the page of `1 << shift` bytes at `linear`.
+    fn drop_page(&mut self, linear: u64, shift: u32) {
+        if shift == 12 {
+            return self.drop_entry((linear >> 12) as usize % TLB_ENTRIES);
+        }
+        let tags = self.read.iter_mut().zip(&mut self.write).zip(&EMPTY_TLB);
+        for ((read, write), &empty) in tags {
+            if (read.wrapping_neg() ^ linear) >> shift == 0 {
+                (*read, *write) = (empty, empty);
+            }
+        }
+    }
+
     /// Makes stores to every page take the slow path once more.
     pub fn drop_writes(&mut self) {
         self.write.copy_from_slice(&EMPTY_TLB);

@@ -343,11 +343,16 @@ impl Exec<'_> {
             if entry & bits != bits && !self.mark64(at, entry, bits) {
                 return Ok(None);
             }
-            let offset_mask = (1u64 << (12 + 9 * (level - 1))) - 1;
+            let shift = 12 + 9 * (level - 1);
+            let offset_mask = (1u64 << shift) - 1;
+            let global = entry & pte::G != 0 && self.cpu.cr4 & control::CR4_PGE != 0;
+            if level > 1 {
+                self.cpu.large.note(linear, shift, global);
+            }
             return Ok(Some(Translation {
                 gpa: (entry & frame_mask & !offset_mask) | (linear & offset_mask),
                 store_ready: store_allowed && (entry | bits) & pte::D != 0,
-                global: entry & pte::G != 0 && self.cpu.cr4 & control::CR4_PGE != 0,
+                global,
             }));
         }
     }
@@ -421,10 +426,14 @@ impl Exec<'_> {
             } else {
                 u64::from(entry & 0xffff_f000) | (linear & 0xfff)
             };
+            let global = u64::from(entry) & pte::G != 0 && self.cpu.cr4 & control::CR4_PGE != 0;
+            if large {
+                self.cpu.large.note(linear, 22, global);
+            }
             return Ok(Translation {
                 gpa,
                 store_ready: store_allowed && u64::from(entry | bits) & pte::D != 0,
-                global: u64::from(entry) & pte::G != 0 && self.cpu.cr4 & control::CR4_PGE != 0,
+                global,
             });
         }
     }

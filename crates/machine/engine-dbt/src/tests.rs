@@ -285,3 +285,24 @@ fn masked_moves_touch_only_their_lanes() {
         assert_eq!(m.gpr(3), 0x1234);
     });
 }
+
+#[test]
+fn an_invalidated_large_page_is_gone_as_a_whole() {
+    // 2 MiB at 4 MiB move to 6 MiB; one INVLPG is for all of it.
+    let program = assemble(|a| {
+        a.mov(rbx, qword_ptr(0x40_0000))?;
+        a.mov(rbx, qword_ptr(0x40_1000))?;
+        a.mov(rcx, 0x60_0087u64)?;
+        a.mov(qword_ptr(0x3010), rcx)?;
+        a.invlpg(byte_ptr(0x40_0000))?;
+        a.mov(rdx, qword_ptr(0x40_1000))?;
+        Ok(())
+    });
+    for reference in [false, true] {
+        let mut machine = TestMachine::new(reference);
+        machine.memory.write_u64(Gpa(0x40_1000), 4).unwrap();
+        machine.memory.write_u64(Gpa(0x60_1000), 6).unwrap();
+        assert_eq!(machine.run(&program), Exit::Kicked);
+        assert_eq!((machine.gpr(3), machine.gpr(2)), (4, 6));
+    }
+}
