@@ -48,6 +48,7 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool::new("unshare", "util-linux"),
     Tool::new("setpriv", "util-linux"),
     Tool::new("script", "bsdutils"),
+    Tool::new("gdb", "gdb"),
     Tool::new("qemu-img", "qemu-utils"),
     Tool::new("mke2fs", "e2fsprogs"),
     Tool::new("sfdisk", "fdisk"),

@@ -106,6 +106,9 @@ pub struct RunArgs {
     /// Try to get out of the jail in place of running; print what came of it, a line of JSON for each attempt.
     #[arg(long, hide = true, value_enum, value_name = "HOW")]
     pub jail_probe: Option<crate::process::Probe>,
+    /// Let gdb look into the machine; it waits for gdb at this Unix socket, or at this TCP port of this host
+    #[arg(long, value_name = "SOCKET|tcp:PORT")]
+    pub gdb: Option<GdbPlace>,
     /// Print how long each phase took, as a line of JSON on standard error
     #[arg(long, hide = true)]
     pub timings: bool,
@@ -211,6 +214,30 @@ fn seconds(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(seconds) if (0.1..=86_400.0).contains(&seconds) => Ok(seconds),
         _ => Err("give seconds, 0.1 to 86400, behind the machine's name".to_owned()),
+    }
+}
+
+/// `--gdb`: where gdb connects.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum GdbPlace {
+    /// A Unix socket.
+    Unix(PathBuf),
+    /// A port of this host.
+    Tcp(u16),
+}
+
+impl std::str::FromStr for GdbPlace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("tcp:") {
+            None if text.is_empty() => Err("give the path of a socket, or tcp:PORT".to_owned()),
+            None => Ok(Self::Unix(text.into())),
+            Some(port) => match port.parse() {
+                Ok(port @ 1..) => Ok(Self::Tcp(port)),
+                _ => Err(format!("'{port}' is not a port: give tcp:1234")),
+            },
+        }
     }
 }
 

@@ -18,7 +18,7 @@ use crate::exit::{ExitCode, Failure, chain, code_of_io};
 use crate::run::spawn;
 
 /// The first descriptor beyond the standard ones, and how many there may be.
-const DESCRIPTORS: (i32, usize) = (3, 4);
+const DESCRIPTORS: (i32, usize) = (3, 5);
 /// Longest line that is read.
 const LINE_MAX: u64 = 1 << 20;
 /// Lines of the console that are told in the end.
@@ -76,10 +76,12 @@ fn machine(
     speaker: &Speaker,
 ) -> Result<(), Failure> {
     let control = given.next().map(UnixListener::from);
-    let vsock = match (given.next(), given.next()) {
-        (Some(listener), Some(line)) => Some(VsockHost::on(listener.into(), dialler(line.into()))),
-        _ => None,
+    let vsock = match launch.vsock {
+        true => given.next().zip(given.next()),
+        false => None,
     };
+    let vsock = vsock.map(|(listener, line)| VsockHost::on(listener.into(), dialler(line.into())));
+    let gdb = given.next().filter(|_| launch.gdb);
     let layers = Arc::new(Mutex::new(Vec::new()));
     let ends = HostEnds {
         console: launch.console.then(|| Box::new(Console) as _),
@@ -92,7 +94,12 @@ fn machine(
             Box::new(move || *lock(&layers) = confine(&namespaces)) as _
         }),
     };
-    let machine = Machine::build(launch.config, ends).map_err(|error| build_failure(&error))?;
+    let mut machine = Machine::build(launch.config, ends).map_err(|error| build_failure(&error))?;
+    if let Some(gdb) = gdb {
+        machine
+            .serve_gdb(gdb)
+            .map_err(|error| build_failure(&error))?;
+    }
     if let Some(control) = control {
         machine
             .serve_control(control)

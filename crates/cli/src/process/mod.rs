@@ -5,7 +5,8 @@
 //!     0 what is typed on the console ──▶            4 control socket, listening
 //!     1 ◀── what the console prints                 5 vsock's socket, listening
 //!     2 ◀── last words of a fault of ours           6 ◀──▶ dialling for the guest: a port goes out, a socket comes back
-//!     3 ◀──▶ lines of JSON: Launch and requests go in, Said comes out
+//!     3 ◀──▶ lines of JSON: Launch and requests     7 gdb's socket, listening
+//!       go in, Said comes out                       (5 and 6, and 7, only if the launch says so)
 //! ```
 //!
 //! The process in front keeps the terminal, the signals, the run directory and all that is done in the user's name. It
@@ -52,6 +53,10 @@ pub struct MachineLaunch {
     pub engine_options: EngineOptions,
     /// Where what is written to temporary disks goes.
     pub temporary: std::path::PathBuf,
+    /// Whether there is vsock's socket.
+    pub vsock: bool,
+    /// Whether there is gdb's socket.
+    pub gdb: bool,
     /// Whether somebody reads what the console prints.
     pub console: bool,
     /// What it is put into.

@@ -25,6 +25,8 @@ pub struct Ends {
     pub control: UnixListener,
     /// Listens for programs of the host, at this path.
     pub vsock: Option<(UnixListener, PathBuf)>,
+    /// Listens for gdb.
+    pub gdb: Option<OwnedFd>,
     /// Where the console's output goes; nowhere if there is none.
     pub console: Option<Box<dyn Write + Send>>,
     /// The machine's name, for lists of processes.
@@ -64,6 +66,7 @@ impl MachineProcess {
         if let Some((listener, _)) = &ends.vsock {
             given.extend([listener.as_fd(), dials.as_fd()]);
         }
+        given.extend(ends.gdb.as_ref().map(AsFd::as_fd));
         let namespaces = launch.jail != super::Jail::None;
         let (pid, granted) = run(&given, &[WORD, &ends.name], namespaces)?;
         drop((typed, printed, said, theirs, dials));

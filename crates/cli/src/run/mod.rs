@@ -10,6 +10,7 @@
 
 mod command;
 mod escape;
+mod gdb;
 mod prepare;
 mod signals;
 pub mod terminal;
@@ -94,6 +95,7 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         (false, false) => Jail::Granted,
     };
     let probe = args.jail_probe;
+    let gdb = args.gdb.as_ref().map(gdb::listen).transpose()?;
     let Plan {
         mut config,
         mode,
@@ -119,6 +121,7 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         control,
         vsock,
         name: config.name.to_string(),
+        gdb: gdb.as_ref().map(gdb::Place::listener).transpose()?,
         console,
     };
     let launch = MachineLaunch {
@@ -126,6 +129,8 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         config,
         engine_options,
         temporary: std::env::temp_dir(),
+        vsock: ends.vsock.is_some(),
+        gdb: ends.gdb.is_some(),
         console: ends.console.is_some(),
         jail,
         probe,
@@ -147,6 +152,7 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         silent: false,
         happened,
         inbox,
+        gdb,
         _run_dir: run_dir,
     };
     let status = run.wait();
@@ -187,6 +193,8 @@ struct Run {
     silent: bool,
     happened: Sender<Happened>,
     inbox: Receiver<Happened>,
+    /// Where gdb may connect.
+    gdb: Option<gdb::Place>,
     /// Removed when the run is over.
     _run_dir: RunDir,
 }
@@ -195,6 +203,10 @@ impl Run {
     /// The guest runs: ties our streams to it.
     fn connect(&mut self) -> Result<(), Failure> {
         self.mark("built");
+        if let Some(gdb) = &self.gdb {
+            // Nobody hears us if standard error is closed.
+            let _ = output::error_line(&gdb.hint());
+        }
         match &self.mode {
             Mode::Console { .. } => {
                 let Some(input) = self.machine.take_input() else {
