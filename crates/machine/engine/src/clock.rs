@@ -1,6 +1,7 @@
 //! The machine's one clock: it can stop, be saved as values and restart; every timer, the TSC and kvmclock derive from it.
 
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -14,19 +15,22 @@ pub struct ClockState {
     pub tsc_hz: u64,
 }
 
-#[derive(Debug)]
-struct Inner {
-    /// Machine time at `since`, or now if stopped.
-    base_ns: u64,
-    since: Option<Instant>,
-}
-
 /// Machine time. Starts stopped, at zero.
+///
+/// Reading it takes no lock: all vCPUs of a machine do so all the time.
 #[derive(Debug)]
 pub struct MachineClock {
-    inner: Mutex<Inner>,
+    origin: Instant,
+    /// Machine time while it stands, or [`RUNS`].
+    stands_at: AtomicU64,
+    /// Machine time minus the time since `origin`, modulo 2^64, while it runs.
+    offset: AtomicU64,
+    /// Held by whoever starts or stops it.
+    changing: Mutex<()>,
     tsc_hz: u64,
 }
+
+const RUNS: u64 = u64::MAX;
 
 impl MachineClock {
     /// A stopped clock at zero whose TSC ticks `tsc_hz` times a second.
@@ -40,41 +44,50 @@ impl MachineClock {
     /// A stopped clock with saved values.
     pub fn from_state(state: ClockState) -> Self {
         Self {
-            inner: Mutex::new(Inner {
-                base_ns: state.elapsed_ns,
-                since: None,
-            }),
+            origin: Instant::now(),
+            stands_at: AtomicU64::new(state.elapsed_ns.min(RUNS - 1)),
+            offset: AtomicU64::new(0),
+            changing: Mutex::new(()),
             tsc_hz: state.tsc_hz.max(1),
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
-        self.inner
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn change(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nanoseconds of the host since the clock was made.
+    fn host_ns(&self) -> u64 {
+        u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
     /// Lets time run. No effect if it runs.
     pub fn start(&self) {
-        let mut inner = self.lock();
-        inner.since.get_or_insert_with(Instant::now);
+        let _changing = self.change();
+        let at = self.stands_at.load(Ordering::SeqCst);
+        if at != RUNS {
+            let offset = at.wrapping_sub(self.host_ns());
+            self.offset.store(offset, Ordering::SeqCst);
+            self.stands_at.store(RUNS, Ordering::SeqCst);
+        }
     }
 
     /// Stops time. No effect if it stands.
     pub fn stop(&self) {
+        let _changing = self.change();
         let now = self.now_ns();
-        let mut inner = self.lock();
-        inner.base_ns = now;
-        inner.since = None;
+        self.stands_at.store(now.min(RUNS - 1), Ordering::SeqCst);
     }
 
     /// Nanoseconds of machine time.
     pub fn now_ns(&self) -> u64 {
-        let inner = self.lock();
-        let run = inner.since.map_or(0, |since| {
-            u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
-        });
-        inner.base_ns.saturating_add(run)
+        match self.stands_at.load(Ordering::SeqCst) {
+            RUNS => {
+                let offset = self.offset.load(Ordering::SeqCst);
+                self.host_ns().wrapping_add(offset)
+            }
+            at => at,
+        }
     }
 
     /// The time-stamp counter before any vCPU's offset.
