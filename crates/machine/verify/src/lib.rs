@@ -23,6 +23,7 @@
 mod allow;
 mod flow;
 mod layout;
+mod operand;
 mod prove;
 mod value;
 mod verifier;
