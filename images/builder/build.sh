@@ -108,6 +108,8 @@ rm $target/usr/sbin/policy-rc.d $target/etc/ssh/ssh_host_*
 rm -f $target/etc/systemd/system/multi-user.target.wants/ssh.service $target/etc/systemd/system/sshd.service
 mkdir -p $target/etc/systemd/system/sockets.target.wants
 ln -sf /lib/systemd/system/ssh.socket $target/etc/systemd/system/sockets.target.wants/ssh.socket
+# There is no screen.
+rm -f $target/etc/systemd/system/getty.target.wants/getty@tty1.service
 # Every machine gets its own identity when it starts.
 : >$target/etc/machine-id
 rm -f $target/var/lib/dbus/machine-id $target/var/lib/systemd/random-seed

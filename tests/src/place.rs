@@ -27,6 +27,8 @@ pub enum Need {
     Program,
     /// Also the image `tiny`, which is built on first use.
     Machine,
+    /// Also the image `debian`, which is built on first use: that takes minutes.
+    Debian,
 }
 
 /// The file in which a test that cannot run is noted as `name<TAB>reason`; `cargo xtask test` reads it.
@@ -41,8 +43,10 @@ pub fn ready(need: Need) -> bool {
         skip(reason);
         return false;
     }
-    if need == Need::Machine {
-        place.prepare_machine();
+    match need {
+        Need::Program => {}
+        Need::Machine => place.prepare_machine(),
+        Need::Debian => place.prepare_debian(),
     }
     true
 }
@@ -142,17 +146,26 @@ impl Place {
 
     /// Kernel and RAM disk of the image `tiny`, as the tests see them.
     pub fn tiny_files_here(&self) -> (PathBuf, PathBuf) {
-        let text = fs::read_to_string(self.root.join("cache/images/tiny.json"))
-            .expect("the image is built");
-        let manifest: serde_json::Value =
-            serde_json::from_str(&text).expect("the manifest is JSON");
-        let blob = |name: &str| {
-            let digest = manifest[name]["sha256"]
-                .as_str()
-                .expect("the manifest names its files");
-            self.root.join("cache/blobs/sha256").join(digest)
-        };
-        (blob("kernel"), blob("initrd"))
+        let manifest = self.manifest("tiny");
+        (
+            self.blob(&manifest, "kernel"),
+            self.blob(&manifest, "initrd"),
+        )
+    }
+
+    /// What the cache says of an image.
+    pub fn manifest(&self, image: &str) -> serde_json::Value {
+        let path = self.root.join(format!("cache/images/{image}.json"));
+        let text = fs::read_to_string(path).expect("the image is built");
+        serde_json::from_str(&text).expect("the manifest is JSON")
+    }
+
+    /// One of an image's files, as the tests see it.
+    pub fn blob(&self, manifest: &serde_json::Value, part: &str) -> PathBuf {
+        let digest = manifest[part]["sha256"]
+            .as_str()
+            .expect("the manifest names its files");
+        self.root.join("cache/blobs/sha256").join(digest)
     }
 
     /// Makes a file readable for the unprivileged user, and its own.
@@ -210,6 +223,27 @@ impl Place {
             .expect(0);
         Strata::tiny(["true"]).run().expect(0);
         fs::write(&noted, mark).expect("that it works can be noted");
+    }
+
+    /// Makes sure that the image `debian` is there, as this build of the program would make it.
+    fn prepare_debian(&self) {
+        let _lock = self.lock("debian");
+        let line = "strata image ls --json";
+        let list = Strata::shell(line).run().expect(0).text();
+        let images: serde_json::Value = serde_json::from_str(&list).expect("the list is JSON");
+        let is_ready = |image: &serde_json::Value| {
+            image["name"] == "debian" && image["built"] == true && image["current"] == true
+        };
+        if images
+            .as_array()
+            .is_none_or(|images| !images.iter().any(is_ready))
+        {
+            Strata::new()
+                .args(["image", "build", "debian"])
+                .timeout(Duration::from_secs(580))
+                .run()
+                .expect(0);
+        }
     }
 
     /// A command that runs `program` as the unprivileged user, with `/dev/kvm` hidden and the shared directory at `/mnt`.

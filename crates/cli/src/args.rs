@@ -109,6 +109,9 @@ pub struct RunArgs {
     /// Let gdb look into the machine; it waits for gdb at this Unix socket, or at this TCP port of this host
     #[arg(long, value_name = "SOCKET|tcp:PORT")]
     pub gdb: Option<GdbPlace>,
+    /// Let whoever has the key to this public key in as root, in this run
+    #[arg(long, value_name = "FILE", requires = "image")]
+    pub ssh_key: Option<PathBuf>,
     /// Print how long each phase took, as a line of JSON on standard error
     #[arg(long, hide = true)]
     pub timings: bool,

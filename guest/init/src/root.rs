@@ -29,7 +29,11 @@ const KEPT: &str = "/etc/strata/keep";
 /// Hands over to the system on `root`. Returns only if that is impossible.
 pub fn hand_over(options: &Options, root: &str) -> io::Error {
     match prepare(options, root) {
-        Ok(init) => system::execute(&init),
+        Ok(init) => {
+            // The host has said who gets a console: systemd does not have to guess.
+            let said = options.console.is_some() || options.agent;
+            system::execute(&init, said.then_some(c"SYSTEMD_GETTY_AUTO=0"))
+        }
         Err(error) => error,
     }
 }
@@ -117,7 +121,6 @@ fn leave_word(options: &Options) -> io::Result<()> {
             format!("{directory}/term.conf"),
             format!("[Service]\nEnvironment=TERM={term}\n"),
         )?;
-        // One console is enough: the others are kernel logs.
         let wants = "/run/systemd/system/getty.target.wants";
         fs::create_dir_all(wants)?;
         let unit = "/lib/systemd/system/serial-getty@.service";

@@ -82,11 +82,25 @@ pub fn switch_root(target: &CStr) -> io::Result<()> {
     }
 }
 
-/// Becomes another program, without arguments and with our environment: the kernel's words for its first process.
-pub fn execute(program: &CStr) -> io::Error {
+/// Becomes another program, without arguments and with our environment and `added`.
+pub fn execute(program: &CStr, added: Option<&CStr>) -> io::Error {
     let arguments = [program.as_ptr(), ptr::null()];
-    // SAFETY: the path and the array, which ends in a null pointer, outlive the call.
-    unsafe { libc::execv(program.as_ptr(), arguments.as_ptr()) };
+    let own: Vec<CString> = std::env::vars_os()
+        .map(|(name, value)| {
+            let mut setting = name.into_encoded_bytes();
+            setting.push(b'=');
+            setting.extend(value.as_encoded_bytes());
+            c_string(&setting)
+        })
+        .collect();
+    let environment: Vec<*const libc::c_char> = own
+        .iter()
+        .map(|setting| setting.as_ptr())
+        .chain(added.map(CStr::as_ptr))
+        .chain([ptr::null()])
+        .collect();
+    // SAFETY: the path and both arrays, which end in null pointers, outlive the call, as do the strings in them.
+    unsafe { libc::execve(program.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
     io::Error::new(
         io::Error::last_os_error().kind(),
         format!(

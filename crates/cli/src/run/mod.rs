@@ -100,6 +100,7 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         mut config,
         mode,
         name_stem,
+        temporary: _temporary,
     } = prepare::plan(args)?;
     if let Some(timings) = &mut timings {
         timings.mark("prepared", Instant::now());

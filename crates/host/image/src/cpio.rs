@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::path::Path;
 
 /// One entry that is not a directory on the way to another (those come by themselves).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,6 +91,17 @@ impl Archive {
         out.entry(0, "TRAILER!!!", 0, 1, (0, 0), &[])?;
         out.out.flush()
     }
+}
+
+/// A RAM disk's bytes and after them a small archive with one more file: the kernel unpacks both. The init of a machine
+/// with a root disk leaves the file in `/run/strata` for the system on that disk.
+pub fn keep_in_run(initrd: &Path, name: &str, data: &[u8]) -> io::Result<Vec<u8>> {
+    let mut bytes = std::fs::read(initrd)?;
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    let mut archive = Archive::default();
+    archive.file(&format!("etc/strata/keep/{name}"), 0o600, data);
+    archive.write(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Keeps headers and data on multiples of four bytes.

@@ -24,6 +24,7 @@ mod store;
 mod tar;
 mod workshop;
 
+pub use cpio::keep_in_run;
 pub use error::ImageError;
 pub use order::Order;
 pub use progress::{Phase, Progress, Quiet};
