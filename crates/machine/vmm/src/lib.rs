@@ -35,7 +35,6 @@ mod chassis;
 mod console;
 mod error;
 mod event;
-mod gdb;
 mod load;
 mod machine;
 mod name;
