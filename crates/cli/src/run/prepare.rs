@@ -1,7 +1,7 @@
 //! From arguments to a machine's configuration, and to what its console and CMD are tied to.
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,10 +11,11 @@ use strata_vmm::config::{
     BootFiles, BootSource, ConsoleKind, DiskAccess, DiskBoot, DiskConfig, OnReboot, VsockConfig,
 };
 use strata_vmm::{ByteSize, MachineConfig, MachineName};
+use tempfile::TempPath;
 
 use super::terminal;
 use crate::args::RunArgs;
-use crate::exit::{ExitCode, Failure};
+use crate::exit::{ExitCode, Failure, code_of_io};
 use crate::image;
 
 /// What a run is.
@@ -25,6 +26,8 @@ pub struct Plan {
     pub mode: Mode,
     /// What another name is made from if this one is taken; none if the user chose the name.
     pub name_stem: Option<String>,
+    /// Files made for this run, which go with this value; the machine needs them until it has started.
+    pub temporary: Option<TempPath>,
 }
 
 /// What our streams are tied to.
@@ -64,17 +67,22 @@ pub fn plan(args: RunArgs) -> Result<Plan, Failure> {
     let mode = mode(&args);
     let mut memory = MachineConfig::MEMORY_DEFAULT;
     let mut disks = Vec::new();
+    let mut temporary = None;
     let boot = match (&args.image, args.kernel.clone()) {
         (Some(image), _) => {
-            let image = image::find_or_build(image)?;
+            let mut image = image::find_or_build(image)?;
             if let Some(mebibytes) = image.manifest.memory_mib {
                 memory = ByteSize::mebibytes(mebibytes);
+            }
+            if let Some(path) = &args.ssh_key {
+                temporary = Some(with_keys(&mut image, &image::ssh_keys(path)?)?);
             }
             disks.extend(image.disk.clone().map(root_disk).transpose()?);
             BootSource::Files(image_files(image, &args, &name, &mode))
         }
         (None, Some(kernel)) => BootSource::Files(BootFiles {
             kernel,
+            unpacked: None,
             initrd: args.initrd,
             append: args.append.unwrap_or_default(),
         }),
@@ -109,6 +117,7 @@ pub fn plan(args: RunArgs) -> Result<Plan, Failure> {
         config,
         mode,
         name_stem,
+        temporary,
     })
 }
 
@@ -130,6 +139,26 @@ fn mode(args: &RunArgs) -> Mode {
         console_log: args.console_log.clone(),
         boot_timeout: Duration::from_secs(args.boot_timeout),
     })
+}
+
+/// Puts keys into an image's RAM disk, which becomes a file of this run's own.
+fn with_keys(image: &mut Image, keys: &str) -> Result<TempPath, Failure> {
+    if image.disk.is_none() {
+        let name = &image.manifest.name;
+        let message =
+            format!("the image '{name}' has no sshd, so '--ssh-key' means nothing for it");
+        return Err(Failure::new(ExitCode::Usage, message));
+    }
+    let failed = |error: std::io::Error| {
+        let message = format!("cannot make a RAM disk with the key: {error}");
+        Failure::new(code_of_io(&error), message)
+    };
+    let mut file = tempfile::NamedTempFile::new().map_err(failed)?;
+    let contents = strata_image::keep_in_run(&image.initrd, "authorized_keys", keys.as_bytes());
+    file.write_all(&contents.map_err(failed)?).map_err(failed)?;
+    let path = file.into_temp_path();
+    image.initrd = path.to_path_buf();
+    Ok(path)
 }
 
 /// An image's root disk: what a run writes there is gone with it.
@@ -156,6 +185,7 @@ fn image_files(image: Image, args: &RunArgs, name: &MachineName, mode: &Mode) ->
     }
     BootFiles {
         kernel: image.kernel,
+        unpacked: None,
         initrd: Some(image.initrd),
         append,
     }
@@ -221,9 +251,11 @@ mod tests {
             config,
             mode,
             name_stem,
+            ..
         } = plan_of(&line);
         let files = BootFiles {
             kernel: "/x/vmlinuz-6.1".into(),
+            unpacked: None,
             initrd: Some("i".into()),
             append: append.to_owned(),
         };
@@ -254,6 +286,7 @@ mod tests {
             config,
             mode,
             name_stem,
+            ..
         } = plan_of(&line);
         assert_eq!((config.name.as_str(), name_stem), ("x", None));
         assert_eq!(config.vsock.map(|vsock| vsock.cid), Some(GUEST_CID));

@@ -141,6 +141,21 @@ pub fn plan<'a>(request: &BootRequest<'a>) -> Result<LoadPlan<'a>, BootError> {
     })
 }
 
+/// The kernel inside a bzImage: as it was kept, or unpacked now.
+fn unpacked<'a>(
+    request: &BootRequest<'a>,
+    image: &BzImage<'a>,
+) -> Result<Option<Bytes<'a>>, BootError> {
+    if let Some(kept) = request.unpacked {
+        return Ok(Some(Bytes::Borrowed(kept)));
+    }
+    let unpacked = decompress::unpack(image)?;
+    Ok(unpacked.map(|unpacked| {
+        let size = unpacked.len();
+        Bytes::Shared(Arc::new(unpacked), 0..size)
+    }))
+}
+
 /// The rule of the crate's documentation.
 fn start<'a>(
     builder: &mut Builder<'a>,
@@ -150,10 +165,8 @@ fn start<'a>(
     if BzImage::is_one(kernel) {
         let image = BzImage::parse(kernel)?;
         if context.request.bzimage == BzImageMode::Unpack
-            && let Some(unpacked) = decompress::unpack(&image)?
+            && let Some(source) = unpacked(context.request, &image)?
         {
-            let size = unpacked.len();
-            let source = Bytes::Shared(Arc::new(unpacked), 0..size);
             let elf = Elf::parse("unpacked kernel", &source)?;
             // A 32-bit kernel has no entry worth calling directly: its decompressor knows more.
             if elf.is_x86_64() {

@@ -64,6 +64,8 @@ pub enum BzImageMode {
 pub struct BootRequest<'a> {
     /// The kernel file.
     pub kernel: &'a [u8],
+    /// What [`extract_vmlinux`](crate::extract_vmlinux) gave for this kernel, if somebody kept it: it spares the work.
+    pub unpacked: Option<&'a [u8]>,
     /// The initial RAM disk; for a multiboot kernel, its only module.
     pub initrd: Option<&'a [u8]>,
     /// The whole kernel command line; nothing is added to it.

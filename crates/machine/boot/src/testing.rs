@@ -19,6 +19,7 @@ pub(crate) fn layout(mib: u64) -> Layout {
 /// A request with nothing special.
 pub(crate) fn request<'a>(kernel: &'a [u8], layout: &'a Layout) -> BootRequest<'a> {
     BootRequest {
+        unpacked: None,
         kernel,
         initrd: None,
         cmdline: "console=ttyS0 quiet",

@@ -17,6 +17,7 @@ fn real_kernels_are_planned() {
         for bzimage in [BzImageMode::Unpack, BzImageMode::Guest] {
             let request = BootRequest {
                 kernel: &kernel,
+                unpacked: None,
                 initrd: Some(b"not really an initrd"),
                 cmdline: "console=ttyS0",
                 layout: &layout,

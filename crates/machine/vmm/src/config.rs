@@ -196,6 +196,9 @@ pub struct DiskBoot {
 pub struct BootFiles {
     /// bzImage, vmlinux, PVH or multiboot 1.
     pub kernel: PathBuf,
+    /// The vmlinux that is packed in a bzImage, if it was kept: a machine then starts without unpacking it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unpacked: Option<PathBuf>,
     /// The initial RAM disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
@@ -487,7 +490,7 @@ mod tests {
     const EVERY_FIELD: &str = r#"{
         "version": 1, "name": "web-1", "platform": "modern", "engine": "translate", "cpus": 2, "cpu-model": "host",
         "memory": "1G", "memory-max": "2G",
-        "boot": { "files": { "kernel": "/k", "initrd": "/i", "append": "console=ttyS0" } },
+        "boot": { "files": { "kernel": "/k", "unpacked": "/u", "initrd": "/i", "append": "console=ttyS0" } },
         "disks": [ { "path": "/d", "format": "raw", "access": "temporary" }, { "path": "/e" } ],
         "console": "virtio", "vsock": { "cid": 5, "socket": "/s" }, "network": "none", "on-reboot": "exit",
         "debug-exit": true
@@ -500,6 +503,7 @@ mod tests {
             "web-1".parse().unwrap(),
             BootSource::Files(BootFiles {
                 kernel: "/k".into(),
+                unpacked: Some("/u".into()),
                 initrd: Some("/i".into()),
                 append: "console=ttyS0".into(),
             }),

@@ -6,6 +6,7 @@ use std::sync::mpsc::Sender;
 use strata_devices::{PowerEvent, PowerSink};
 
 use crate::control::ControlRequest;
+use crate::gdb::DebugRequest;
 use crate::vcpu::{Kickers, VcpuReport};
 
 /// One thing that happened.
@@ -17,6 +18,10 @@ pub(crate) enum Event {
     Vcpu(VcpuReport),
     /// Somebody outside asks for something.
     Control(ControlRequest),
+    /// gdb asks for something.
+    Debug(DebugRequest),
+    /// A vCPU had come back for the debugger when all were parked for something else.
+    DebugExit(u32),
 }
 
 /// Takes power events from devices to the event loop, and makes the vCPUs leave the guest.

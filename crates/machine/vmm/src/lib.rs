@@ -35,6 +35,7 @@ mod chassis;
 mod console;
 mod error;
 mod event;
+mod gdb;
 mod load;
 mod machine;
 mod name;

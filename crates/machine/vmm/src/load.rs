@@ -22,6 +22,7 @@ pub(crate) enum BootImage {
     /// Files of the host.
     Files {
         kernel: BootFile,
+        unpacked: Option<BootFile>,
         initrd: Option<BootFile>,
         append: String,
     },
@@ -44,6 +45,7 @@ struct Contents {
     /// What the kernel is called in an error.
     name: PathBuf,
     kernel: Vec<u8>,
+    unpacked: Option<Vec<u8>>,
     initrd: Option<Vec<u8>>,
     cmdline: String,
 }
@@ -56,12 +58,14 @@ impl BootImage {
     ) -> Result<Self, BuildError> {
         match &config.boot {
             BootSource::Files(files) => {
-                let initrd = files.initrd.as_deref();
+                let open = |what, path: &Option<PathBuf>| {
+                    let path = path.as_deref();
+                    path.map(|path| BootFile::open(what, path)).transpose()
+                };
                 Ok(Self::Files {
                     kernel: BootFile::open("kernel", &files.kernel)?,
-                    initrd: initrd
-                        .map(|path| BootFile::open("initrd", path))
-                        .transpose()?,
+                    unpacked: open("unpacked kernel", &files.unpacked)?,
+                    initrd: open("initrd", &files.initrd)?,
                     append: files.append.clone(),
                 })
             }
@@ -81,11 +85,13 @@ impl BootImage {
         match self {
             Self::Files {
                 kernel,
+                unpacked,
                 initrd,
                 append,
             } => Ok(Contents {
                 name: kernel.path.clone(),
                 kernel: kernel.read()?,
+                unpacked: unpacked.as_ref().map(BootFile::read).transpose()?,
                 initrd: initrd.as_ref().map(BootFile::read).transpose()?,
                 cmdline: append.clone(),
             }),
@@ -99,6 +105,7 @@ impl BootImage {
                 Ok(Contents {
                     name: format!("{} of {}", found.path, path.display()).into(),
                     kernel: found.kernel,
+                    unpacked: None,
                     initrd: found.initrd,
                     cmdline: found.cmdline,
                 })
@@ -116,6 +123,7 @@ impl BootImage {
         let contents = self.read()?;
         let request = BootRequest {
             kernel: &contents.kernel,
+            unpacked: contents.unpacked.as_deref(),
             initrd: contents.initrd.as_deref(),
             cmdline: &contents.cmdline,
             layout,

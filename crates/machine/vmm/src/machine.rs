@@ -27,6 +27,7 @@ use crate::control::{self, ControlRequest, ErrorKind, Failure, Greeting, Request
 use crate::engines::{AnyEngine, EngineOptions, EngineParts};
 use crate::error::{BuildError, Crash, Outcome};
 use crate::event::{Event, PowerRelay};
+use crate::gdb::Debugging;
 use crate::load::{BootImage, first_state};
 use crate::vcpu::{Kickers, VcpuReport, VcpuThread};
 use crate::{ConsoleRing, InstanceState, MachineConfig, Transition, config, platform};
@@ -73,6 +74,7 @@ pub struct Machine {
     inbox: Receiver<Event>,
     /// Events that came while the vCPUs were being parked.
     backlog: VecDeque<Event>,
+    pub(crate) debugging: Option<Debugging>,
 }
 
 /// The counters of a machine, for `strata stats`.
@@ -179,6 +181,7 @@ impl Machine {
             events,
             inbox,
             backlog: VecDeque::new(),
+            debugging: None,
         };
         machine.add_vcpus()?;
         machine.load()?;
@@ -200,6 +203,26 @@ impl Machine {
         MachineHandle {
             events: self.events.clone(),
         }
+    }
+
+    /// Sends events to it.
+    pub(crate) fn events(&self) -> Sender<Event> {
+        self.events.clone()
+    }
+
+    /// Its memory.
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// A vCPU's thread.
+    pub(crate) fn vcpu_thread(&self, id: VcpuId) -> Option<&VcpuThread> {
+        self.vcpus.iter().find(|vcpu| vcpu.id == id)
+    }
+
+    /// Lets machine time stand still.
+    pub(crate) fn stop_clock(&self) {
+        self.clock.stop();
     }
 
     /// Types on its console.
@@ -258,6 +281,14 @@ impl Machine {
                 Some(Event::Power(event)) => self.power(event),
                 Some(Event::Vcpu(report)) => self.vcpu(report),
                 Some(Event::Control(asked)) => self.control(asked),
+                Some(Event::Debug(asked)) => {
+                    self.debug(asked);
+                    None
+                }
+                Some(Event::DebugExit(cpu)) => {
+                    self.debug_exit(cpu);
+                    None
+                }
                 // Cannot happen while we hold a sender.
                 None => Some(Outcome::Stopped),
             };
@@ -287,10 +318,17 @@ impl Machine {
         vcpu.has_parked(report.stats);
         match report.exit {
             // Somebody waited for this, or a kick came late: then it goes on.
-            Ok(Exit::Kicked) if self.state == InstanceState::Running => {
+            Ok(Exit::Kicked)
+                if self.state == InstanceState::Running
+                    && self.debugging.as_ref().is_none_or(|d| d.lets_run(cpu)) =>
+            {
                 (!vcpu.run()).then_some(Outcome::Crashed(Crash::ThreadGone { cpu }))
             }
-            Ok(Exit::Kicked | Exit::WaitingForStartup | Exit::Debug) => None,
+            Ok(Exit::Kicked | Exit::WaitingForStartup) => None,
+            Ok(Exit::Debug) => {
+                self.debug_exit(cpu);
+                None
+            }
             Ok(Exit::Shutdown) => Some(Outcome::Crashed(Crash::TripleFault { cpu })),
             Err(source) => Some(Outcome::Crashed(Crash::Engine { cpu, source })),
         }
@@ -415,10 +453,16 @@ impl Machine {
     }
 
     /// Lets time and all vCPUs run.
-    fn go(&mut self) {
+    pub(crate) fn go(&mut self) {
+        let held = self.debugging.as_ref().is_some_and(Debugging::holds);
+        if held || self.state != InstanceState::Running {
+            return;
+        }
         self.clock.start();
         for vcpu in &mut self.vcpus {
-            if !vcpu.run() {
+            let cpu = vcpu.id.0;
+            let waits = self.debugging.as_ref().is_some_and(|d| !d.lets_run(cpu));
+            if !waits && !vcpu.run() {
                 let cpu = vcpu.id.0;
                 let exit = Err(strata_engine::EngineError::Internal(format!(
                     "the thread of CPU {cpu} is gone"
@@ -432,7 +476,7 @@ impl Machine {
     }
 
     /// Returns when no vCPU runs. What else happens meanwhile goes to the backlog.
-    fn park_all(&mut self) {
+    pub(crate) fn park_all(&mut self) {
         self.kickers.kick_all();
         while self.vcpus.iter().any(|vcpu| !vcpu.is_parked()) {
             match self.inbox.recv() {
@@ -448,8 +492,15 @@ impl Machine {
             && let Some(vcpu) = self.vcpus.iter_mut().find(|vcpu| vcpu.id == report.id)
         {
             vcpu.has_parked(report.stats.clone());
-            if matches!(report.exit, Ok(Exit::Kicked)) {
-                return;
+            match (&report.exit, &mut self.debugging) {
+                (Ok(Exit::Kicked), _) => return,
+                (Ok(Exit::Debug), Some(debugging)) => {
+                    // Nothing runs until it is told, so that it stays true.
+                    debugging.note(report.id.0);
+                    self.backlog.push_back(Event::DebugExit(report.id.0));
+                    return;
+                }
+                _ => {}
             }
         }
         self.backlog.push_back(event);
@@ -458,6 +509,7 @@ impl Machine {
     /// Lets go of everything. A vCPU that cannot be parked in time is left to the end of the process.
     fn end(&mut self, outcome: &Outcome) {
         self.state = outcome.state();
+        self.end_debugging();
         self.kickers.kick_all();
         let deadline = Instant::now() + PARTING;
         while self.vcpus.iter().any(|vcpu| !vcpu.is_parked()) {

@@ -16,7 +16,14 @@ enum Order {
     Run,
     /// Take on another state.
     Load(Box<CpuState>),
+    /// Something for a debugger.
+    Do(Box<Work>),
 }
+
+/// A vCPU of either engine.
+pub(crate) type AnyVcpu = dyn Vcpu<X86>;
+/// What is done with a parked vCPU on its own thread.
+pub(crate) type Work = dyn FnOnce(&mut AnyVcpu) + Send;
 
 /// A vCPU stopped running, or could not take on a state.
 #[derive(Debug)]
@@ -79,6 +86,12 @@ impl VcpuThread {
         self.orders.send(Order::Load(Box::new(state))).is_ok()
     }
 
+    /// Does something with a parked vCPU; nothing if its thread is gone.
+    pub(crate) fn with(&self, work: Box<Work>) {
+        // Whoever waits for what it does sees that it is not done.
+        let _ = self.orders.send(Order::Do(work));
+    }
+
     pub(crate) fn kicker(&self) -> Arc<dyn Kicker> {
         Arc::clone(&self.kicker)
     }
@@ -118,6 +131,10 @@ fn serve(
                 Ok(()) => continue,
                 Err(error) => Err(error),
             },
+            Order::Do(work) => {
+                work(&mut *vcpu);
+                continue;
+            }
         };
         let stats = vcpu.stats();
         if events
