@@ -37,8 +37,8 @@ use crate::stats::run_dir_failure;
 
 /// How long a machine that must end may take before its process is ended.
 const PARTING: Duration = Duration::from_secs(1);
-/// How long a guest with disks that it writes may take to power off after CMD.
-const ORDERLY_POWER_OFF: Duration = Duration::from_secs(10);
+/// How long a guest with disks that it writes may take to power off after CMD: a whole system stops its services first.
+const ORDERLY_POWER_OFF: Duration = Duration::from_secs(30);
 /// How long what the console still had to say may take when the user wants to be gone.
 const LAST_OUTPUT: Duration = Duration::from_millis(200);
 /// Lines of the console in the report of a crash.

@@ -462,6 +462,8 @@ APT::Sandbox::User "";
 APT::Status-Fd "1";
 APT::Update::Error-Mode "any";
 APT::Get::Assume-Yes "true";
+APT::Install-Suggests "false";
+#clear APT::Default-Release;
 APT::Get::AllowUnauthenticated "false";
 Acquire::AllowInsecureRepositories "false";
 Acquire::Languages "none";
