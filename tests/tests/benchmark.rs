@@ -1,4 +1,5 @@
-//! Every class of the guest benchmark computes in a machine what it computes here.
+//! Every class of the guest benchmark computes in a machine what it computes here, and each block of translated code is
+//! proven before it runs.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -43,7 +44,10 @@ fn every_class_computes_the_same() {
     let bytes = std::fs::read(&program).expect("it can be read");
     let script =
         format!("cat > /tmp/bench && chmod +x /tmp/bench && exec /tmp/bench --scale {SCALE}");
-    let run = Strata::tiny(["sh", "-c", &script])
+    // Every block is proven to stay inside the guest before it runs.
+    let run = Strata::new()
+        .args(["run", "--verify-blocks", "tiny", "--"])
+        .args(["sh", "-c", &script])
         .stdin(bytes)
         .timeout(Duration::from_secs(240))
         .run()

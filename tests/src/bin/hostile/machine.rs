@@ -69,6 +69,7 @@ fn kernel() -> Vec<u8> {
 }
 
 /// What a case is made of, besides its random numbers.
+#[derive(Clone, Copy)]
 struct Shape {
     wild: u64,
     turns: u64,
@@ -80,12 +81,12 @@ struct Shape {
 struct HostileEngine {
     inner: Translator,
     memory: GuestMemory,
-    rng: Mutex<Option<(Rng, Shape)>>,
+    rng: Mutex<Rng>,
+    shape: Shape,
 }
 
 struct HostileVcpu {
     inner: Box<dyn Vcpu<X86>>,
-    memory: GuestMemory,
     rng: Rng,
     shape: Shape,
     asked: Arc<AtomicBool>,
@@ -114,20 +115,14 @@ impl Engine for HostileEngine {
 
     fn create_vcpu(&self, id: VcpuId) -> Result<Box<dyn Vcpu<X86>>, EngineError> {
         let inner = self.inner.create_vcpu(id)?;
-        let taken = self
-            .rng
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        // The others wait to be started.
-        let Some((rng, shape)) = taken else {
-            return Ok(inner);
-        };
+        let mut rng = self.rng.lock().unwrap_or_else(PoisonError::into_inner);
+        if id.0 == 0 {
+            world::fill(&mut rng, &self.memory);
+        }
         Ok(Box::new(HostileVcpu {
             inner,
-            memory: self.memory.clone(),
-            rng,
-            shape,
+            rng: Rng::new(rng.next(), u64::from(id.0)),
+            shape: self.shape,
             asked: Arc::default(),
             started: false,
         }))
@@ -151,12 +146,6 @@ impl Engine for HostileEngine {
 }
 
 impl HostileVcpu {
-    fn begin(&mut self) {
-        self.started = true;
-        world::fill(&mut self.rng, &self.memory);
-        self.place();
-    }
-
     /// Puts the CPU into another state. Guests that only fault for ever show nothing new.
     fn place(&mut self) {
         let reset = self.inner.state();
@@ -235,7 +224,8 @@ impl TurnClock {
 impl Vcpu<X86> for HostileVcpu {
     fn run(&mut self, bus: &dyn IoBus) -> Result<Exit, EngineError> {
         if !self.started {
-            self.begin();
+            self.started = true;
+            self.place();
         }
         let clock = TurnClock::default();
         let kicker = self.inner.kicker();
@@ -300,6 +290,7 @@ pub fn run(seed: u64, case: u64, files: &Files, totals: &Totals) -> Result<(), S
         }),
     );
     config.memory = ByteSize::mebibytes((world::RAM >> 20) as u32);
+    config.cpus = rng.pick(&[1, 1, 2]);
     config.cpu_model = rng.pick(&["baseline", "host"]).to_owned();
     config.console = rng.pick(&[ConsoleKind::Serial, ConsoleKind::Virtio]);
     config.debug_exit = rng.chance(20);
@@ -341,7 +332,8 @@ pub fn run(seed: u64, case: u64, files: &Files, totals: &Totals) -> Result<(), S
         Ok(Arc::new(HostileEngine {
             inner,
             memory: parts.memory,
-            rng: Mutex::new(Some((rng, shape))),
+            rng: Mutex::new(rng),
+            shape,
         }))
     })
     .map_err(|e| format!("it was not built: {e}"))?;
