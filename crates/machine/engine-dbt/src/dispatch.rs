@@ -30,7 +30,7 @@ mod inspect;
 mod provisional;
 mod running;
 
-use provisional::Provisional;
+use provisional::{Provisional, serializes};
 use running::{Running, block_exit, commit, slow, stored};
 
 /// One vCPU of the software engine.
@@ -57,6 +57,8 @@ pub struct Translated {
     stopped: Option<Fault>,
     /// Blocks whose bytes others might still change unnoticed, see `peers`.
     provisional: Vec<Provisional>,
+    /// The last instruction was one that serializes: old code must not run after it.
+    serialized: bool,
     /// What a debugger wants.
     debug: GuestDebug,
     /// Looks at every block before it runs.
@@ -105,6 +107,7 @@ impl Translated {
             stop_on_exception: false,
             stopped: None,
             provisional: Vec::new(),
+            serialized: false,
             debug: GuestDebug::default(),
             inspector: None,
         })
@@ -154,11 +157,15 @@ impl Translated {
             if let Some(error) = self.env.divergence.take() {
                 return Err(EngineError::Replay(error));
             }
-            self.env.me.settle();
-            if !self.provisional.is_empty() {
+            let requested = self.cpu.request_bits() != 0;
+            if requested || std::mem::take(&mut self.serialized) {
+                self.env.me.settle();
                 self.confirm();
             }
-            let waits = self.cpu.request_bits() != 0 || self.cpu.halted || self.cpu.wait_for_sipi;
+            let waits = requested
+                || self.cpu.request_bits() != 0
+                || self.cpu.halted
+                || self.cpu.wait_for_sipi;
             if waits && let Some(exit) = self.requests(bus) {
                 return Ok(exit);
             }
@@ -214,6 +221,7 @@ impl Translated {
             self.env.peers.leave(&self.env.me);
             self.env.me.wait();
             self.env.peers.enter(&self.env.me);
+            self.env.me.settle();
             self.confirm();
         }
     }
@@ -467,6 +475,7 @@ impl Translated {
             return Ok(self.raise(bus, fault));
         }
         let instr: Instruction = site.instr;
+        self.serialized = serializes(&instr);
         let result = self.exec(bus).interpret(&instr);
         match result {
             Ok(next) => {

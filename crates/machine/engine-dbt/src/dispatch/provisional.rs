@@ -1,5 +1,7 @@
 //! Blocks from pages that other vCPUs may still store to unnoticed: their bytes are compared until all have answered.
 
+use iced_x86::Mnemonic as M;
+
 use super::*;
 
 /// A block, what it was made from, and the question whose answers it waits for.
@@ -58,5 +60,17 @@ impl Translated {
         if self.provisional.is_empty() {
             self.env.peers.set_curious(me, false);
         }
+    }
+}
+
+/// Instructions after which nothing may run that was fetched before (SDM vol. 3, 9.3), and those that Linux uses so.
+pub(super) fn serializes(instr: &Instruction) -> bool {
+    match instr.mnemonic() {
+        M::Cpuid | M::Iret | M::Iretd | M::Iretq | M::Wrmsr | M::Invlpg => true,
+        M::Invd | M::Wbinvd | M::Wbnoinvd | M::Xsetbv | M::Clts | M::Lmsw => true,
+        M::Lgdt | M::Lidt | M::Lldt | M::Ltr | M::Clflush | M::Clflushopt => true,
+        // To and from control and debug registers.
+        M::Mov => true,
+        _ => false,
     }
 }
