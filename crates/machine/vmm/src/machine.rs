@@ -539,12 +539,10 @@ fn check_cpus(
     let reason = match asked {
         0 => "a machine needs one",
         2.. if options.lockstep > 0 => "lock-step runs one",
-        1..=TRANSLATED_CPUS_MAX => return Ok(()),
-        ..=CPUS_MAX if engine == config::EngineChoice::Translate => {
-            "the translate engine runs 64 at most"
-        }
-        ..=CPUS_MAX => return Ok(()),
-        _ => "254 are the most",
+        _ if asked <= TRANSLATED_CPUS_MAX => return Ok(()),
+        _ if asked > CPUS_MAX => "254 are the most",
+        _ if engine == config::EngineChoice::Translate => "the translate engine runs 64 at most",
+        _ => return Ok(()),
     };
     Err(BuildError::Cpus { asked, reason })
 }
