@@ -104,7 +104,35 @@ fn a_panic_in_the_guest_is_reported_as_such() {
         "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger; sleep 60",
     ])
     .run();
-    run.expect_error(125, &["panic"]);
+    let run = run.expect_error(125, &["the guest's kernel panicked: sysrq triggered crash"]);
+    // The console's last lines follow: none was seen as it came.
+    let (_, lines) = run
+        .stderr
+        .split_once("The console's last lines:\n")
+        .unwrap_or_else(|| panic!("no lines: {}", run.stderr));
+    assert!((5..=20).contains(&lines.lines().count()), "{lines}");
+    assert!(lines.contains("entry_SYSCALL_64_after_hwframe"), "{lines}");
+}
+
+#[test]
+fn a_panic_behind_the_console_is_reported_with_the_kernels_last_lines() {
+    if !ready(Need::Machine) {
+        return;
+    }
+    let mut session = Session::start(&Strata::new().args(["run", "tiny"]));
+    session
+        .expect(PROMPT)
+        .send("echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger\n");
+    let (status, output) = session.finish();
+    assert_eq!(status.code(), Some(76), "{output}");
+    let parts = [
+        "strata: the guest's kernel panicked: sysrq triggered crash",
+        "The console's last lines:",
+        "entry_SYSCALL_64_after_hwframe",
+    ];
+    for part in parts {
+        assert!(output.contains(part), "no `{part}` in {output}");
+    }
 }
 
 #[test]

@@ -45,8 +45,8 @@ Exit status:
   64       the command line is wrong
   65       a kernel, an initrd or an image is damaged or of an unknown kind
   66       a file, an image or a machine that was named does not exist
-  69       this host lacks something: a CPU feature, a program, the network
-  70       a fault of Strata itself
+  69       this host lacks something: a CPU feature, a program, the network, a layer of the jail
+  70       a fault of Strata itself, or its jail stopped the machine
   71       the system refused a resource
   73       a file or directory cannot be made
   74       reading or writing failed

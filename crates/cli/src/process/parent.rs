@@ -167,9 +167,16 @@ fn run(
         .chain(words.iter().copied())
         .map(CString::new)
         .collect();
+    // Of the environment, only where the libraries of this program are found, if that was said.
+    let libraries: Option<CString> = std::env::var_os("LD_LIBRARY_PATH").and_then(|at| {
+        let mut setting = b"LD_LIBRARY_PATH=".to_vec();
+        setting.extend_from_slice(at.as_encoded_bytes());
+        CString::new(setting).ok()
+    });
     let program = Program {
         path: c"/proc/self/exe",
         arguments: &arguments.map_err(|error| refused(error.into()))?,
+        environment: libraries.as_slice(),
         descriptors,
         namespaces,
     };

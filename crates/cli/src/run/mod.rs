@@ -39,6 +39,8 @@ use crate::stats::run_dir_failure;
 const PARTING: Duration = Duration::from_secs(1);
 /// How long a guest with disks that it writes may take to power off after CMD: a whole system stops its services first.
 const ORDERLY_POWER_OFF: Duration = Duration::from_secs(30);
+/// How long after a broken connection to the guest it may take to hear that the machine has died.
+const OBITUARY: Duration = Duration::from_millis(250);
 /// How long what the console still had to say may take when the user wants to be gone.
 const LAST_OUTPUT: Duration = Duration::from_millis(200);
 /// Lines of the console in the report of a crash.
@@ -335,19 +337,18 @@ impl Run {
     /// CMD is over: the machine has done its duty.
     fn finish(&mut self, result: Result<ExitStatus, Failure>) -> Result<u8, Failure> {
         // A machine that died is the reason, and the broken connection only its sign.
-        if result.is_err() {
-            match self.inbox.recv_timeout(Duration::from_millis(50)) {
+        let deadline = Instant::now() + OBITUARY;
+        while result.is_err() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.inbox.recv_timeout(left) {
                 Ok(Happened::Said(Said::Ended(end))) => {
                     let how = self.ended(*end);
                     return self.status_of(how);
                 }
-                Ok(Happened::Said(Said::StoppedByJail(call))) => {
-                    self.stopped_by = Some(call);
-                    return Err(self.died(String::new()));
-                }
+                Ok(Happened::Said(Said::StoppedByJail(call))) => self.stopped_by = Some(call),
                 Ok(Happened::Gone(how)) => return Err(self.died(how)),
                 Ok(event) => self.note(event),
-                Err(_) => {}
+                Err(_) => break,
             }
         }
         let orderly = self.has_writable_disk

@@ -23,6 +23,8 @@ pub struct Program<'a> {
     pub path: &'a CStr,
     /// Its arguments, the name first.
     pub arguments: &'a [CString],
+    /// Its environment, each as `NAME=VALUE`.
+    pub environment: &'a [CString],
     /// Its descriptors, from 0 on. There will be no others.
     pub descriptors: &'a [BorrowedFd<'a>],
     /// Namespaces of its own.
@@ -42,23 +44,24 @@ pub struct Spawned {
 struct Prepared {
     path: *const c_char,
     arguments: Vec<*const c_char>,
+    environment: Vec<*const c_char>,
     descriptors: Vec<RawFd>,
     /// The line for its user and group map, if it gets a user namespace.
     maps: Option<(CString, CString)>,
 }
 
-/// Runs a program as a child process. Its environment is empty.
+/// Runs a program as a child process.
 ///
 /// # Errors
 /// If the system makes no process.
 pub fn spawn(program: &Program<'_>) -> io::Result<Spawned> {
     let mut prepared = Prepared {
         path: program.path.as_ptr(),
-        arguments: program.arguments.iter().map(|arg| arg.as_ptr()).collect(),
+        arguments: ended(program.arguments),
+        environment: ended(program.environment),
         descriptors: program.descriptors.iter().map(AsRawFd::as_raw_fd).collect(),
         maps: None,
     };
-    prepared.arguments.push(std::ptr::null());
     if !program.namespaces {
         let pid = start(0, &prepared)?;
         let namespaces = Err("it was not asked for".to_owned());
@@ -85,6 +88,16 @@ pub fn spawn(program: &Program<'_>) -> io::Result<Spawned> {
             Ok(Spawned { pid, namespaces })
         }
     }
+}
+
+/// Pointers to strings, and the null that ends them.
+fn ended(strings: &[CString]) -> Vec<*const c_char> {
+    let ends = std::iter::once(std::ptr::null());
+    strings
+        .iter()
+        .map(|text| text.as_ptr())
+        .chain(ends)
+        .collect()
 }
 
 /// The words of a system's error without its number.
@@ -123,7 +136,6 @@ fn start(flags: libc::c_int, prepared: &Prepared) -> io::Result<i32> {
 
 /// In the child: allocates nothing, takes no lock, does not return.
 fn become_program(prepared: &Prepared) -> ! {
-    let environment: [*const c_char; 1] = [std::ptr::null()];
     let count = prepared.descriptors.len() as libc::c_int;
     // SAFETY: plain system calls on memory that was made before the child was. Descriptors are first copied out of the
     // way of the numbers that they will have.
@@ -151,7 +163,7 @@ fn become_program(prepared: &Prepared) -> ! {
         libc::execve(
             prepared.path,
             prepared.arguments.as_ptr(),
-            environment.as_ptr(),
+            prepared.environment.as_ptr(),
         );
         libc::_exit(NOT_EXECUTED)
     }
