@@ -40,10 +40,13 @@ pub fn run(arguments: &FiguresArguments) -> Result<ExitCode> {
     );
 
     let mut first_instruction = Vec::new();
+    let mut without_jail = Vec::new();
     let mut translation = Vec::new();
     for _ in 0..arguments.turns.max(1) {
-        let report = timed_run(&strata)?;
+        let report = timed_run(&strata, &[])?;
         first_instruction.extend(find_number(&report, "first_instruction_ms"));
+        let report_without = timed_run(&strata, &["--no-jail"])?;
+        without_jail.extend(find_number(&report_without, "first_instruction_ms"));
         let spent = find_number(&report, "translation-ns");
         let instructions =
             find_number(&report, "instructions-translated").filter(|count| *count > 0.0);
@@ -53,8 +56,11 @@ pub fn run(arguments: &FiguresArguments) -> Result<ExitCode> {
                 .map(|(spent, instructions)| spent / instructions),
         );
     }
-    match median(first_instruction) {
-        Some(time) => println!("from exec to the first guest instruction: {time:.1} ms"),
+    match median(first_instruction).zip(median(without_jail)) {
+        Some((time, without)) => println!(
+            "from exec to the first guest instruction: {time:.1} ms, {:.1} ms of it for the jail",
+            time - without
+        ),
         None => println!("from exec to the first guest instruction: not told by this strata"),
     }
     match median(translation) {
@@ -97,7 +103,7 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 }
 
 /// Runs one command and reads the JSON lines that `--timings` and `--print-stats` leave on standard error.
-fn timed_run(strata: &Path) -> Result<Value> {
+fn timed_run(strata: &Path, options: &[&str]) -> Result<Value> {
     let mut command = shell::command(strata);
     command
         .args([
@@ -107,9 +113,9 @@ fn timed_run(strata: &Path) -> Result<Value> {
             "tiny",
             "--timings",
             "--print-stats",
-            "--",
-            "true",
         ])
+        .args(options)
+        .args(["--", "true"])
         .stdin(Stdio::null());
     let output = command
         .output()
