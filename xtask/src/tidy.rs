@@ -25,6 +25,7 @@ const UNSAFE_FOLDERS: &[&str] = &[
     "crates/machine/memory/",
     "crates/machine/engine",
     "crates/machine/oracle/",
+    "crates/machine/sandbox/",
     "guest/",
 ];
 
