@@ -136,6 +136,7 @@ fn setup() -> Setup {
     let path: PathBuf = dir.path().join("kernel");
     std::fs::write(&path, kernel()).unwrap();
     let files = BootFiles {
+        unpacked: None,
         kernel: path,
         initrd: None,
         append: "console=ttyS0".to_owned(),
