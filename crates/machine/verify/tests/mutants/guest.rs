@@ -28,15 +28,26 @@ pub struct Block {
 impl Block {
     /// The verifier's judgement of other bytes in this block's place.
     pub fn judge(&self, code: &[u8], links: &[(u32, u32)]) -> Result<(), String> {
-        let sites = &self.sites;
-        let emitted = Emitted {
+        self.with(code, links, |emitted| {
+            verify(&self.layout, emitted).map(|_| ())
+        })
+    }
+
+    /// Shows the block itself.
+    pub fn show(&self, to: &dyn Inspect) -> Result<(), String> {
+        self.with(&self.code, &self.links, |emitted| {
+            to.block(&self.layout, emitted)
+        })
+    }
+
+    fn with<T>(&self, code: &[u8], links: &[(u32, u32)], act: impl FnOnce(&Emitted<'_>) -> T) -> T {
+        act(&Emitted {
             address: self.address,
             code,
             privilege: self.privilege,
             links,
-            site: &|number| sites.get(&number).copied(),
-        };
-        verify(&self.layout, &emitted).map(|_| ())
+            site: &|number| self.sites.get(&number).copied(),
+        })
     }
 }
 

@@ -14,6 +14,7 @@ mod mutate;
 use std::collections::BTreeMap;
 
 use mutate::{Mutant, equivalents, mutants};
+use strata_verify::{Inspect, Verifier};
 
 /// Of the mutants of a block, one in so many is judged, each block's others.
 const STRIDE: usize = 3;
@@ -69,4 +70,36 @@ fn equivalent_mutants_pass() {
         }
     }
     assert!(passed >= 100, "only {passed} equivalent mutants");
+}
+
+#[test]
+fn jumps_are_pointed_at_entries_alone() {
+    let blocks = guest::blocks();
+    let cache = blocks[0].layout.cache;
+    // Those of the first vCPU: the cache of the next one may be where this one's was.
+    let mut next = 0;
+    let first = blocks.iter().take_while(|block| {
+        let goes_on = block.layout.cache == cache && block.address >= next;
+        next = block.address + 1;
+        goes_on
+    });
+    let blocks: Vec<_> = first.collect();
+    let verifier = Verifier::new();
+    for block in &blocks {
+        block.show(&verifier).expect("the block itself");
+    }
+    let linked = |block: &&&guest::Block| !block.links.is_empty();
+    let from = blocks.iter().find(linked).expect("some block has a link");
+    let (layout, place) = (&from.layout, from.address + u64::from(from.links[0].0));
+    let target = blocks[1].address;
+    verifier.connected(layout, place, target).expect("an entry");
+    for (place, target) in [(place + 1, target), (from.address, target)] {
+        assert!(verifier.connected(layout, place, target).is_err());
+    }
+    for wrong in [target + 1, cache.0, cache.1, layout.stubs.slow] {
+        assert!(verifier.connected(layout, place, wrong).is_err());
+    }
+    // The cache was emptied and its first block made again: those behind it are no more.
+    blocks[0].show(&verifier).expect("the block itself");
+    assert!(verifier.connected(layout, place, target).is_err());
 }
