@@ -48,6 +48,8 @@ const PROGRAM: u32 = 0o100_755;
 const BOOT_LIMIT: u32 = 120;
 /// The check that the guest suite says the same as on the translator.
 const SUITE: &str = "guest suite";
+/// Where the dynamic linker looks by itself: a machine's process has no environment that says more.
+const LIBRARIES: &str = "lib/x86_64-linux-gnu";
 /// What it says last.
 const DONE: &str = "lab: done";
 
@@ -193,7 +195,7 @@ fn outer_initrd(script: &str, files: &Files) -> Result<PathBuf> {
     // The kernel unpacks archives one after the other; later files replace earlier ones.
     let mut archive = read(tiny)?;
     archive.resize(archive.len().next_multiple_of(4), 0);
-    for directory in ["lab", "lab/lib", "lib64"] {
+    for directory in ["lab", "lib", LIBRARIES, "lib64"] {
         push(&mut archive, directory, DIRECTORY, &[])?;
     }
     push(&mut archive, "init", PROGRAM, script.as_bytes())?;
@@ -214,7 +216,7 @@ fn outer_initrd(script: &str, files: &Files) -> Result<PathBuf> {
         let directory = if name.starts_with("ld-linux") {
             "lib64"
         } else {
-            "lab/lib"
+            LIBRARIES
         };
         push(
             &mut archive,
@@ -249,7 +251,7 @@ fn outer_initrd(script: &str, files: &Files) -> Result<PathBuf> {
 fn script(arguments: &LabArguments, suite: &suite::Suite) -> String {
     let mut script = String::from(
         "#!/bin/sh\n\
-         export PATH=/bin LD_LIBRARY_PATH=/lab/lib HOME=/tmp XDG_RUNTIME_DIR=/run\n\
+         export PATH=/bin HOME=/tmp XDG_RUNTIME_DIR=/run\n\
          mount -t devtmpfs dev /dev\n\
          exec </dev/console >/dev/console 2>&1\n\
          mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs tmp /tmp; mount -t tmpfs run /run\n\

@@ -75,6 +75,22 @@ pub fn holds(name: &str, holds: bool) {
     equal(name, holds.into(), 1);
 }
 
+static EMULATED: AtomicU64 = AtomicU64::new(0);
+
+/// The host's CPU is an emulation that some checks would kill.
+pub fn set_emulated(emulated: bool) {
+    EMULATED.store(emulated.into(), Ordering::Relaxed);
+}
+
+/// Whether the check of this name is left out because it would kill the emulation below.
+pub fn kills_emulation(name: &str) -> bool {
+    let kills = EMULATED.load(Ordering::Relaxed) != 0;
+    if kills {
+        absent(name);
+    }
+    kills
+}
+
 /// Something this CPU model lacks, which other engines may offer.
 pub fn absent(name: &str) {
     say!("{name} absent");

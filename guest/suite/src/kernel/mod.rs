@@ -33,6 +33,7 @@ pub extern "C" fn main(info: u64) -> ! {
     let mut words = line.text().split(' ');
     let name = words.next().unwrap_or_default();
     let cpus = words.next().and_then(|word| word.parse().ok()).unwrap_or(1);
+    check::set_emulated(words.next() == Some("emulated"));
     match name {
         "paging" => page_faults::run(),
         "exceptions" => exceptions::run(),
