@@ -134,6 +134,32 @@ fn a_machine_runs_in_all_layers_that_are_granted() {
 }
 
 #[test]
+fn a_host_that_refuses_namespaces_is_named_and_the_filter_holds() {
+    if !ready(Need::Machine) || !granted("namespaces") {
+        return;
+    }
+    // Here this host is one that refuses them.
+    let script = "unshare -Ur sh -c 'echo 0 > /proc/sys/user/max_mnt_namespaces && \
+        strata info && strata run tiny -- echo it runs && \
+        strata run tiny --engine translate --jail-probe filtered | grep -c \"\\\"done\\\":true\"; \
+        strata run --require-jail tiny -- true'";
+    let run = Strata::shell(script).run();
+    let text = run.text();
+    let lines = [
+        "namespaces          refused: No space left on device",
+        "empty-root          refused: it needs namespaces",
+        "system-call-filter  in place",
+        "it runs",
+        "\n0\n",
+    ];
+    for line in lines {
+        assert!(text.contains(line), "no `{line}` in {text}");
+    }
+    let words = "this host refuses a part of the machine's jail: namespaces";
+    run.expect_error(125, &[words]);
+}
+
+#[test]
 fn the_environment_of_a_machine_is_empty_and_it_ends_with_the_process_in_front() {
     if !ready(Need::Machine) {
         return;

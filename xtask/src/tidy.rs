@@ -20,7 +20,7 @@ pub struct TidyArguments {
 }
 
 /// Folders where `unsafe` is allowed: the owners of raw memory and machine code, what runs generated code to test them,
-/// and the programs that run inside guests.
+/// the jail, and the programs that run inside guests.
 const UNSAFE_FOLDERS: &[&str] = &[
     "crates/machine/memory/",
     "crates/machine/engine",

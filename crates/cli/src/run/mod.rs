@@ -205,6 +205,10 @@ struct Run {
 impl Run {
     /// The guest runs: ties our streams to it.
     fn connect(&mut self) -> Result<(), Failure> {
+        // It is said once, and to say it again changes nothing.
+        let Some(input) = self.machine.take_input() else {
+            return Ok(());
+        };
         self.mark("built");
         if let Some(gdb) = &self.gdb {
             // Nobody hears us if standard error is closed.
@@ -212,9 +216,6 @@ impl Run {
         }
         match &self.mode {
             Mode::Console { .. } => {
-                let Some(input) = self.machine.take_input() else {
-                    return Ok(());
-                };
                 wire::connect_console(input, &self.happened)?;
                 self.pass_size();
                 Ok(())
@@ -532,6 +533,6 @@ pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Fai
 }
 
 /// A line from the machine's process, safe to print on a terminal.
-fn printable(line: &str) -> String {
+pub fn printable(line: &str) -> String {
     line.chars().filter(|c| !c.is_control()).collect()
 }

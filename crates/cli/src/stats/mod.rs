@@ -12,6 +12,7 @@ use strata_vmm::{MachineName, MachineStats, RunDir, RunDirError};
 use crate::args::StatsArgs;
 use crate::exit::{ExitCode, Failure};
 use crate::output;
+use crate::run::printable;
 
 #[derive(Serialize)]
 struct Named {
@@ -64,7 +65,11 @@ fn ask(name: &MachineName) -> Result<Named, ClientError> {
 
 fn ask_on(client: &mut Client) -> Result<MachineStats, ClientError> {
     let answer = client.ask(&Request::Stats)?;
-    serde_json::from_value(answer).map_err(|_| ClientError::Protocol)
+    let mut stats: MachineStats =
+        serde_json::from_value(answer).map_err(|_| ClientError::Protocol)?;
+    // The machine's process says it, which its guest may have taken over.
+    stats.engine = printable(&stats.engine);
+    Ok(stats)
 }
 
 /// The status for a run directory that cannot be had.
@@ -84,7 +89,8 @@ fn client_failure(error: &ClientError) -> Failure {
         ClientError::Broken(_) => ExitCode::Io,
         ClientError::Protocol | ClientError::Refused(_) => ExitCode::Unavailable,
     };
-    Failure::from_error(code, error)
+    let failure = Failure::from_error(code, error);
+    Failure::new(code, printable(&failure.message))
 }
 
 fn text(machine: &Named) -> String {
