@@ -91,8 +91,19 @@ inside openssl rehash /etc/ssl/certs >>$log 2>&1
 
 if [ "$ADDED" -gt 0 ]; then
     step add 0 "$ADDED"
-    inside sh -c 'exec apt-get install -y --no-download -o Dpkg::Options::=--force-unsafe-io \
-        -o APT::Keep-Downloaded-Packages=false /var/cache/strata/*.deb' 2>&1 </dev/null | counted add "$ADDED"
+    inside sh -c 'exec apt-get install -y -o APT::Sandbox::User=root -o Dpkg::Options::=--force-unsafe-io \
+        /var/cache/strata/*.deb' 2>&1 </dev/null | counted add "$ADDED"
+    # What nobody asked for by name goes when nothing needs it any more.
+    needed=
+    for file in $target/var/cache/strata/*.deb; do
+        name=${file##*/}
+        name=${name%%_*}
+        case " $ASKED " in
+        *" $name "*) ;;
+        *) needed="$needed $name" ;;
+        esac
+    done
+    [ -z "$needed" ] || inside apt-mark auto $needed >>$log 2>&1
     rm -rf $target/var/cache/strata
 fi
 

@@ -85,10 +85,12 @@ pub fn make(
 
     let packages: Vec<Package> = base.iter().chain(&tools).cloned().collect();
     let mut archive = maker::ram_disk(&builder, &kernel, &packages)?;
+    // Names of packages need no quoting beyond this.
     let job = format!(
-        "UUID={uuid}\nLABEL=strata-root\nPACKAGES={}\nADDED={}\n",
+        "UUID={uuid}\nLABEL=strata-root\nPACKAGES={}\nADDED={}\nASKED='{}'\n",
         base.len(),
-        added.len()
+        added.len(),
+        order.packages.join(" ")
     );
     archive.file("etc/strata/job", 0o644, job);
     archive.file("etc/strata/preinst", 0o644, scripts);
@@ -282,4 +284,75 @@ fn random_uuid() -> Result<String, ImageError> {
     let path = "/proc/sys/kernel/random/uuid";
     let text = fs::read_to_string(path).map_err(ImageError::io(path))?;
     Ok(text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    /// A machine that says this and ends like that.
+    struct Says(&'static str, Result<(), String>);
+
+    impl Workshop for Says {
+        fn run(&self, _: &Job, heard: &mut dyn FnMut(&str)) -> Result<(), String> {
+            self.0.lines().for_each(heard);
+            self.1.clone()
+        }
+    }
+
+    #[derive(Default)]
+    struct Steps(RefCell<Vec<String>>);
+
+    impl Progress for Steps {
+        fn phase(&self, phase: Phase) {
+            self.0.borrow_mut().push(format!("{phase:?}"));
+        }
+
+        fn advance(&self, done: u64, total: u64) {
+            self.0.borrow_mut().push(format!("{done}/{total}"));
+        }
+    }
+
+    fn try_build(machine: Says) -> (Result<(), String>, Vec<String>) {
+        let job = Job {
+            kernel: PathBuf::new(),
+            initrd: PathBuf::new(),
+            command_line: String::new(),
+            memory_mib: 0,
+            target: PathBuf::new(),
+            source: PathBuf::new(),
+            lock: File::open("/dev/null").unwrap(),
+        };
+        let steps = Steps::default();
+        let result = build(&job, &machine, &steps).map_err(|error| error.to_string());
+        (result, steps.0.into_inner())
+    }
+
+    #[test]
+    fn what_the_machine_says_is_understood() {
+        let words = "strata: format\nstrata: unpack\nstrata: configure 0 2\r\nstrata: configure 1 2\n\
+            strata: finish\nstrata: done\n[    1.0] reboot: Power down";
+        let (result, steps) = try_build(Says(words, Ok(())));
+        assert_eq!(result, Ok(()));
+        assert_eq!(steps, ["Format", "Fill", "Configure", "1/2", "Finish"]);
+    }
+
+    #[test]
+    fn a_machine_that_fails_is_quoted() {
+        let words = "strata: unpack\nstrata: failed: unpack\nstrata: | tar: no space\n";
+        let (result, _) = try_build(Says(words, Ok(())));
+        assert!(
+            result
+                .unwrap_err()
+                .ends_with("it said: failed: unpack; tar: no space")
+        );
+        let (result, _) = try_build(Says("", Err("no memory".to_owned())));
+        assert!(result.unwrap_err().ends_with("failed: no memory"));
+        let (result, _) = try_build(Says("strata: configure 1 2", Ok(())));
+        assert!(result.unwrap_err().ends_with("it ended too early"));
+        // Even one that says it is done has not if it crashed.
+        let (result, _) = try_build(Says("strata: done", Err("it crashed".to_owned())));
+        assert!(result.is_err());
+    }
 }

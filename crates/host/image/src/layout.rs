@@ -343,3 +343,92 @@ fn merged(path: &str) -> String {
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::path::Path;
+    use std::process::Command;
+
+    /// A package with a configuration file, a file in `/bin`, a script and a trigger.
+    fn package(directory: &Path) -> Package {
+        let root = directory.join("root");
+        for (path, text) in [
+            (
+                "DEBIAN/control",
+                "Package: hello\nVersion: 1:2-3\nArchitecture: amd64\nMulti-Arch: same\nMaintainer: x <x@example.org>\nDescription: words\n and more\n",
+            ),
+            ("DEBIAN/conffiles", "/etc/hello.conf\n"),
+            (
+                "DEBIAN/triggers",
+                "interest-noawait /usr/share/words\ninterest greet\nactivate ldconfig # no\n",
+            ),
+            ("DEBIAN/preinst", "#!/bin/sh\n"),
+            ("etc/hello.conf", "abc"),
+            ("bin/hello", "#!/bin/sh\n"),
+        ] {
+            let path = root.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, text).unwrap();
+            let mode = if text.starts_with('#') { 0o755 } else { 0o644 };
+            fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+        }
+        let path = directory.join("hello.deb");
+        let built = Command::new("dpkg-deb")
+            .args(["--root-owner-group", "--build"])
+            .args([&root, &path])
+            .output()
+            .unwrap();
+        assert!(built.status.success(), "{built:?}");
+        let id = "hello_1:2-3_amd64".to_owned();
+        Package { path, id }
+    }
+
+    #[test]
+    fn a_package_is_laid_out_as_dpkg_would() {
+        let directory = tempfile::tempdir().unwrap();
+        let package = package(directory.path());
+        let mut layout = Layout::new(Vec::new()).unwrap();
+        layout.package(&package, false).unwrap();
+        layout.file("lib/extra/file", 0o600, b"x").unwrap();
+        let (archive, scripts) = layout.finish().unwrap();
+        assert_eq!(scripts, "hello hello:amd64\n");
+
+        let mut entries = BTreeMap::new();
+        crate::tar::for_each_entry(archive.as_slice(), |entry, data| {
+            let mut text = String::new();
+            data.read_to_string(&mut text)?;
+            let twice = entries.insert(entry.path.clone(), (entry.kind, entry.mode, text));
+            assert!(twice.is_none(), "{}", entry.path);
+            Ok(())
+        })
+        .unwrap();
+        let text = |path: &str| entries[path].2.as_str();
+        assert_eq!(entries["bin"].0, Kind::Symlink("usr/bin".to_owned()));
+        assert_eq!(
+            (entries["usr/bin/hello"].1, entries["usr/lib/extra/file"].1),
+            (0o755, 0o600)
+        );
+        assert_eq!(
+            text("var/lib/dpkg/info/hello:amd64.list"),
+            "/.\n/bin\n/bin/hello\n/etc\n/etc/hello.conf\n"
+        );
+        assert_eq!(entries["var/lib/dpkg/info/hello:amd64.preinst"].1, 0o755);
+        assert_eq!(
+            text("var/lib/dpkg/triggers/File"),
+            "/usr/share/words hello:amd64/noawait\n"
+        );
+        assert_eq!(text("var/lib/dpkg/triggers/greet"), "hello:amd64\n");
+        assert!(!entries.contains_key("var/lib/dpkg/triggers/ldconfig"));
+        let status = text("var/lib/dpkg/status");
+        assert!(
+            status.starts_with("Package: hello\nStatus: install ok unpacked\nVersion: 1:2-3\n"),
+            "{status}"
+        );
+        let digest = "Conffiles:\n /etc/hello.conf 900150983cd24fb0d6963f7d28e17f72\n\n";
+        assert!(status.ends_with(digest), "{status}");
+        let auto = "Package: hello\nArchitecture: amd64\nAuto-Installed: 1\n\n";
+        assert_eq!(text("var/lib/apt/extended_states"), auto);
+    }
+}
