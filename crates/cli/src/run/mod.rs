@@ -39,6 +39,8 @@ use crate::stats::run_dir_failure;
 const PARTING: Duration = Duration::from_secs(1);
 /// How long a guest with disks that it writes may take to power off after CMD: a whole system stops its services first.
 const ORDERLY_POWER_OFF: Duration = Duration::from_secs(30);
+/// How long a guest under gdb may take to boot: nobody knows.
+const DEBUGGED_BOOT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// How long after a broken connection to the guest it may take to hear that the machine has died.
 const OBITUARY: Duration = Duration::from_millis(250);
 /// How long what the console still had to say may take when the user wants to be gone.
@@ -100,10 +102,13 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
     let gdb = args.gdb.as_ref().map(gdb::listen).transpose()?;
     let Plan {
         mut config,
-        mode,
+        mut mode,
         name_stem,
         temporary: _temporary,
     } = prepare::plan(args)?;
+    if let (Some(_), Mode::Command(command)) = (&gdb, &mut mode) {
+        command.boot_timeout = DEBUGGED_BOOT;
+    }
     if let Some(timings) = &mut timings {
         timings.mark("prepared", Instant::now());
     }
