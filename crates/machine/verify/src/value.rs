@@ -99,9 +99,14 @@ impl Values {
         if let Some(&value) = self.known.get(&def) {
             return value;
         }
+        let value = self.new_value(def);
+        self.known.insert(def, value);
+        value
+    }
+
+    fn new_value(&mut self, def: Def) -> Value {
         let value = Value(self.defs.len() as u32);
         self.defs.push(def);
-        self.known.insert(def, value);
         value
     }
 
@@ -114,13 +119,13 @@ impl Values {
     /// A new value of which nothing is known.
     pub fn any(&mut self) -> Value {
         let number = self.number();
-        self.of(Def::Any(number))
+        self.new_value(Def::Any(number))
     }
 
     /// A new value that the guest must not learn, but for `clean` low bytes.
     pub fn secret(&mut self, clean: u8) -> Value {
         let number = self.number();
-        self.of(Def::Secret { number, clean })
+        self.new_value(Def::Secret { number, clean })
     }
 
     /// How many low bytes of the value the guest may learn.
