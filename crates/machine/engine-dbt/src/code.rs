@@ -198,6 +198,9 @@ pub struct CodeMap {
     interpret_sites: Vec<InterpretSite>,
     branch_sites: Vec<BranchSite>,
     fault_points: Vec<FaultPoint>,
+    /// Jumps into other pages with the blocks that they are pointed at, by the linear page that they go to, which is
+    /// mapped globally: while the vCPU may remember that mapping, they may go there without a look.
+    far: AddressMap<u64, Vec<(u32, u32)>>,
     /// Set whenever a block died; the slow path then leaves translated code, because it may be the running one.
     pub stale: bool,
     /// Linear addresses before whose instructions a debugger stops the run; the cache is flushed when they change.
@@ -263,6 +266,7 @@ impl CodeMap {
             interpret_sites: Vec::new(),
             branch_sites: Vec::new(),
             fault_points: Vec::new(),
+            far: AddressMap::default(),
             stale: false,
             breakpoints: Vec::new(),
         })
@@ -336,6 +340,7 @@ impl CodeMap {
         self.interpret_sites.clear();
         self.branch_sites.clear();
         self.fault_points.clear();
+        self.far.clear();
         self.used = self.reserved;
         self.stale = true;
         for jump in &mut cpu.jump {
@@ -492,6 +497,40 @@ impl CodeMap {
         block.incoming.push(id);
         let entry = block.entry;
         self.patch(link.patch, entry);
+    }
+
+    /// Points link `id` at block `target`, which begins in the linear page `page`, until that mapping is dropped.
+    pub fn connect_far(&mut self, id: u32, target: u32, page: u64) {
+        self.connect(id, target);
+        self.far.entry(page).or_default().push((id, target));
+    }
+
+    /// Mappings were dropped, all or those of the pages of `1 << shift` bytes at linear addresses: jumps that rely on
+    /// them look again.
+    pub fn mappings_dropped(&mut self, pages: Option<&[(u64, u32)]>) {
+        let mut links = Vec::new();
+        match pages {
+            None => links.extend(self.far.drain().flat_map(|(_, links)| links)),
+            Some(pages) => {
+                for &(linear, shift) in pages {
+                    if shift == 12 {
+                        links.extend(self.far.remove(&(linear >> 12)).unwrap_or_default());
+                        continue;
+                    }
+                    let within = |page: u64| page >> (shift - 12) == linear >> shift;
+                    let gone = self.far.extract_if(|&page, _| within(page));
+                    links.extend(gone.flat_map(|(_, links)| links));
+                }
+            }
+        }
+        for (id, target) in links {
+            if let Some(block) = self.blocks.get_mut(target as usize) {
+                block.incoming.retain(|&other| other != id);
+            }
+            if let Some(link) = self.link(id) {
+                self.patch(link.patch, link.cold);
+            }
+        }
     }
 
     fn patch(&mut self, at: u32, target: u32) {

@@ -10,7 +10,9 @@ use strata_engine::x86::{DescriptorTable, Segment};
 /// Entries of each soft TLB.
 pub const TLB_ENTRIES: usize = 1024;
 /// Entries of each jump cache.
-pub const JUMP_ENTRIES: usize = 4096;
+pub const JUMP_ENTRIES: usize = 16384;
+/// Entries of a jump cache that are emptied one by one; where more are in use, all are.
+const JUMPS_LISTED: usize = 1024;
 
 /// Tags of an empty soft TLB. A tag "hits" the addresses of its page and the few bytes below it, so the empty tag of
 /// entry `i` names a page whose own index is half the table away from `i`: no address at all hits an empty entry.
@@ -72,6 +74,10 @@ pub struct JumpCache {
     local: bool,
     /// Some entry's linear address is not its RIP.
     based: bool,
+    /// The entries that are in use, as far as there is room to list them.
+    used: [u16; JUMPS_LISTED],
+    /// How many were used.
+    uses: u32,
 }
 
 /// Where pages of more than 4 KiB were used: the TLBs hold their 4 KiB parts, and INVLPG drops all of them.
@@ -127,6 +133,38 @@ impl LargePages {
     }
 }
 
+/// Mappings that were dropped since the dispatcher last looked, for jumps between pages that rely on them.
+pub struct Dropped {
+    /// Linear addresses and the sizes of their pages, `1 << shift` bytes.
+    pages: [(u64, u32); 16],
+    /// How many; more than there is room for stands for all mappings.
+    count: u32,
+}
+
+impl Dropped {
+    fn all(&mut self) {
+        self.count = u32::MAX;
+    }
+
+    fn page(&mut self, linear: u64, shift: u32) {
+        if let Some(page) = self.pages.get_mut(self.count as usize) {
+            *page = (linear, shift);
+        }
+        self.count = self.count.saturating_add(1);
+    }
+
+    /// True if there are any.
+    pub fn any(&self) -> bool {
+        self.count != 0
+    }
+
+    /// The pages, or `None` for all; and there are none any more.
+    pub fn take(&mut self) -> Option<&[(u64, u32)]> {
+        let count = std::mem::take(&mut self.count);
+        self.pages.get(..count as usize)
+    }
+}
+
 impl SoftTlb {
     /// Empties one entry.
     pub fn drop_entry(&mut self, index: usize) {
@@ -172,7 +210,17 @@ impl SoftTlb {
 impl JumpCache {
     /// Empties the cache.
     pub fn clear(&mut self) {
-        self.tag.copy_from_slice(&EMPTY_JUMP);
+        let (used, tags) = (self.used.get(..self.uses as usize), &mut self.tag);
+        for &index in used.unwrap_or(&[]) {
+            let index = usize::from(index);
+            if let (Some(tag), Some(&empty)) = (tags.get_mut(index), EMPTY_JUMP.get(index)) {
+                *tag = empty;
+            }
+        }
+        if used.is_none() {
+            self.tag.copy_from_slice(&EMPTY_JUMP);
+        }
+        self.uses = 0;
         self.pages.fill(0);
         self.local = false;
         self.based = false;
@@ -223,7 +271,14 @@ impl JumpCache {
         self.local |= !global;
         self.based |= linear != rip;
         let index = jump_index(rip);
+        let empty = EMPTY_JUMP.get(index);
         if let (Some(tag), Some(to)) = (self.tag.get_mut(index), self.target.get_mut(index)) {
+            if Some(&*tag) == empty {
+                if let Some(next) = self.used.get_mut(self.uses as usize) {
+                    *next = index as u16;
+                }
+                self.uses = self.uses.saturating_add(1);
+            }
             *tag = rip.wrapping_neg();
             *to = target;
         }
@@ -297,6 +352,8 @@ pub struct Cpu {
     pub jump: [JumpCache; 2],
     /// Where they hold parts of large pages.
     pub large: LargePages,
+    /// What they dropped.
+    pub dropped: Dropped,
 
     /// ES, CS, SS, DS, FS, GS. Change bases only through [`Cpu::set_segment`].
     pub segments: [Segment; 6],
@@ -482,6 +539,10 @@ impl Cpu {
         cpu.tlb_mask = (TLB_ENTRIES as u64 - 1) << 12;
         cpu.page_mask = !0xfff;
         cpu.jump_mask = JUMP_ENTRIES as u64 - 1;
+        for jump in &mut cpu.jump {
+            // So that clearing begins with all of them.
+            jump.uses = u32::MAX;
+        }
         cpu.pauses = 1;
         cpu.reset();
         cpu
@@ -722,6 +783,7 @@ impl Cpu {
     pub fn flush_tlb(&mut self, global: bool) {
         if global {
             self.large = LargePages::NONE;
+            self.dropped.all();
         } else {
             self.large.forget_local();
         }
@@ -756,6 +818,7 @@ impl Cpu {
     /// Drops what the TLBs and the jump caches hold of the page at `linear`, whatever its size, global or not (INVLPG).
     pub fn flush_page(&mut self, linear: u64) {
         let shift = self.large.shift(linear);
+        self.dropped.page(linear, shift);
         for (tlb, jump) in self.tlb.iter_mut().zip(self.jump.iter_mut()) {
             tlb.drop_page(linear, shift);
             jump.clear_page(linear, shift);

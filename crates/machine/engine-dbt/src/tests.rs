@@ -306,3 +306,37 @@ fn an_invalidated_large_page_is_gone_as_a_whole() {
         assert_eq!((machine.gpr(3), machine.gpr(2)), (4, 6));
     }
 }
+
+#[test]
+fn jumps_between_pages_follow_a_global_mapping() {
+    // The same CALL goes to 4 MiB, then to what is mapped there instead.
+    let program = assemble(|a| {
+        let mut outer = a.create_label();
+        let mut inner = a.create_label();
+        a.mov(ebp, 2)?;
+        a.set_label(&mut outer)?;
+        a.mov(ecx, 3)?;
+        a.set_label(&mut inner)?;
+        a.call(0x40_0000)?;
+        a.dec(ecx)?;
+        a.jne(inner)?;
+        a.add(rsi, rbx)?;
+        a.mov(rdx, 0x60_0187u64)?;
+        a.mov(qword_ptr(0x3010), rdx)?;
+        a.invlpg(byte_ptr(0x40_0000))?;
+        a.dec(ebp)?;
+        a.jne(outer)?;
+        Ok(())
+    });
+    for reference in [false, true] {
+        let mut machine = TestMachine::new(reference);
+        machine.memory.write_u64(Gpa(0x3010), 0x40_0187).unwrap();
+        // mov ebx, imm32; ret
+        for (at, value) in [(0x40_0000, 4), (0x60_0000, 6)] {
+            let function = [0xbb, value, 0, 0, 0, 0xc3];
+            machine.memory.write(Gpa(at), &function).unwrap();
+        }
+        assert_eq!(machine.run(&program), Exit::Kicked);
+        assert_eq!(machine.gpr(6), 10);
+    }
+}

@@ -233,34 +233,44 @@ impl Translated {
         );
     }
 
-    /// A direct jump came here for the first time: points it at its target if both lie in one page.
+    /// A direct jump whose target the jump cache does not have: points it there if both lie in one page, or if the
+    /// target's page is mapped globally.
     pub(super) fn follow_link(&mut self, bus: &dyn IoBus) -> Result<Option<Exit>, EngineError> {
         let number = self.cpu.exit_info as u32;
         let Some(link) = self.code.link(number) else {
             return Err(EngineError::Internal("a jump that is not known".into()));
         };
         self.cpu.rip = link.target.rip;
-        if link.target.gpa == u64::MAX || self.cpu.request_bits() != 0 {
+        if self.cpu.request_bits() != 0 || self.cpu.dropped.any() {
             return Ok(None);
         }
         let generation = self.generation;
-        match self.find(Mode(link.target.mode), bus)? {
-            Err(fault) => Ok(self.raise(bus, fault)),
-            Ok((id, key, _)) => {
-                let whole = self
-                    .code
-                    .block(id)
-                    .is_some_and(|block| block.second_page.is_none());
-                if generation == self.generation
-                    && key == link.target
-                    && whole
-                    && !self.code.is_dead_link(number)
-                {
-                    self.code.connect(number, id);
-                    self.inspect_link(&link, id)?;
-                }
-                Ok(None)
-            }
+        let (id, key, global) = match self.find(Mode(link.target.mode), bus)? {
+            Err(fault) => return Ok(self.raise(bus, fault)),
+            Ok(found) => found,
+        };
+        let far = link.target.gpa == u64::MAX;
+        let there = Key {
+            gpa: if far { key.gpa } else { link.target.gpa },
+            ..link.target
+        };
+        let whole = self
+            .code
+            .block(id)
+            .is_some_and(|block| block.second_page.is_none());
+        let lasts = generation == self.generation && !self.code.is_dead_link(number);
+        if key != there || !whole || !lasts {
+            return Ok(None);
         }
+        if !far {
+            self.code.connect(number, id);
+        } else if global {
+            let linear = key.rip.wrapping_add(key.cs_base);
+            self.code.connect_far(number, id, linear >> 12);
+        } else {
+            return Ok(None);
+        }
+        self.inspect_link(&link, id)?;
+        Ok(None)
     }
 }
