@@ -336,6 +336,9 @@ impl Translated {
                 self.cpu.raise_request(request::INTERRUPT);
             }
         }
+        if self.cpu.dropped.any() {
+            self.code.mappings_dropped(self.cpu.dropped.take());
+        }
         let entry = match self.recall(mode) {
             Some(entry) => entry,
             None => {
