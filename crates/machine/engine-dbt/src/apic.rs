@@ -131,7 +131,16 @@ impl Apic {
 
     /// Takes a waiting NMI.
     pub fn take_nmi(&self) -> bool {
-        self.update(|r| std::mem::take(&mut r.nmi))
+        self.update(|r| {
+            let waits = r.nmis > 0;
+            r.nmis = r.nmis.saturating_sub(1);
+            waits
+        })
+    }
+
+    /// While one NMI is handled, only one more is kept.
+    pub fn keep_one_nmi(&self) {
+        self.lock().nmis = 1;
     }
 
     /// Takes a waiting INIT; the caller resets the vCPU. The APIC is reset here. A start-up message that no INIT came
@@ -196,7 +205,7 @@ impl Apic {
 
     /// An NMI by any other way.
     pub fn raise_nmi(&self) {
-        self.update(|r| r.nmi = true);
+        self.update(Registers::raise_nmi);
     }
 
     /// True if a message to `destination` is for this APIC.

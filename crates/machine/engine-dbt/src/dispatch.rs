@@ -236,7 +236,9 @@ impl Translated {
             return None;
         }
         let waiting = self.env.apic.waiting();
-        if waiting.nmi && !self.cpu.nmi_blocked && self.env.apic.take_nmi() {
+        if waiting.nmi && self.cpu.nmi_blocked {
+            self.env.apic.keep_one_nmi();
+        } else if waiting.nmi && self.env.apic.take_nmi() {
             self.cpu.halted = false;
             self.env.inputs.arrived(Input::Interrupt {
                 at: self.cpu.retired,

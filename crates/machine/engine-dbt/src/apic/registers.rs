@@ -75,7 +75,8 @@ pub struct Registers {
     deadline_ns: Option<u64>,
     /// Vector on the LINT0 pin.
     ext_int: Option<u8>,
-    pub nmi: bool,
+    /// NMIs that wait: one that the processor is about to take and one behind it.
+    pub nmis: u8,
     pub init: bool,
     pub startup: Option<u8>,
 }
@@ -92,7 +93,7 @@ impl Registers {
             tsc_deadline: 0,
             deadline_ns: None,
             ext_int: None,
-            nmi: false,
+            nmis: 0,
             init: false,
             startup: None,
         };
@@ -104,7 +105,7 @@ impl Registers {
     pub fn power_up(&mut self, bootstrap: bool) {
         self.base = BASE_ADDRESS | BASE_ENABLE | if bootstrap { BASE_BOOTSTRAP } else { 0 };
         self.ext_int = None;
-        self.nmi = false;
+        self.nmis = 0;
         self.init = false;
         self.startup = None;
         self.reset_registers();
@@ -197,7 +198,7 @@ impl Registers {
         Waiting {
             init: self.init,
             startup: self.startup,
-            nmi: self.nmi,
+            nmi: self.nmis > 0,
             interrupt: self.deliverable().is_some() || self.external().is_some(),
         }
     }
@@ -237,7 +238,7 @@ impl Registers {
         }
         match mode {
             DeliveryMode::Fixed | DeliveryMode::LowestPriority => self.accept_fixed(vector, level),
-            DeliveryMode::Nmi => self.nmi = true,
+            DeliveryMode::Nmi => self.raise_nmi(),
             DeliveryMode::Init => {
                 self.init = true;
                 // A start-up message counts only after it.
@@ -274,7 +275,7 @@ impl Registers {
         }
         match DeliveryMode::from_bits(entry >> 8) {
             Some(DeliveryMode::Fixed) => self.accept_fixed(entry as u8, entry & LEVEL != 0),
-            Some(DeliveryMode::Nmi) => self.nmi = true,
+            Some(DeliveryMode::Nmi) => self.raise_nmi(),
             Some(DeliveryMode::Init) => self.init = true,
             _ => {}
         }
@@ -288,11 +289,15 @@ impl Registers {
         }
     }
 
+    pub fn raise_nmi(&mut self) {
+        self.nmis = (self.nmis + 1).min(2);
+    }
+
     pub fn lint1(&mut self) {
         if self.is_enabled() {
             self.raise_local(reg::LVT_LINT1);
         } else {
-            self.nmi = true;
+            self.raise_nmi();
         }
     }
 
