@@ -331,7 +331,10 @@ fn corpus(name: &str) -> Vec<Vec<u8>> {
 /// How long this thread has had a CPU.
 fn worked() -> Duration {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-    let first = text.split(' ').next().and_then(|number| number.parse().ok());
+    let first = text
+        .split(' ')
+        .next()
+        .and_then(|number| number.parse().ok());
     Duration::from_nanos(first.unwrap_or(0))
 }
 
