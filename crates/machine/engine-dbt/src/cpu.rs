@@ -38,7 +38,11 @@ static EMPTY_JUMP: [u64; JUMP_ENTRIES] = {
     let mut tags = [0; JUMP_ENTRIES];
     let mut i = 0;
     while i < JUMP_ENTRIES {
-        tags[i] = ((i ^ 1) as u64).wrapping_neg();
+        let mut other = i ^ 1;
+        while jump_index(other as u64) == i {
+            other += 1;
+        }
+        tags[i] = (other as u64).wrapping_neg();
         i += 1;
     }
     tags
