@@ -899,6 +899,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn no_address_hits_an_empty_entry() {
+        for (index, tag) in EMPTY_JUMP.iter().enumerate() {
+            assert_ne!(jump_index(tag.wrapping_neg()), index);
+        }
+        for (index, tag) in EMPTY_TLB.iter().enumerate() {
+            assert_ne!((tag.wrapping_neg() >> 12) as usize % TLB_ENTRIES, index);
+        }
+    }
+
+    #[test]
     fn an_invalidated_page_takes_its_jumps_along_and_no_others() {
         let mut cpu = Cpu::boxed();
         cpu.flush_tlb(true);
