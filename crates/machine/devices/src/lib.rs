@@ -37,7 +37,7 @@
 //! # Which thread runs a device
 //!
 //! The vCPU thread that makes the access, under the device's own lock; host threads with input for a device (a
-//! terminal, a socket) call it under the same lock. A device holds no lock of another device but the IOAPIC's, which it
+//! terminal, a socket, a disk's worker) call it under the same lock. A device holds no lock of another device but the IOAPIC's, which it
 //! reaches through its [`IrqLine`]; [`InterruptSink`] and [`PowerSink`] never call back.
 //!
 //! # Reset and restore

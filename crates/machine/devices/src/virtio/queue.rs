@@ -58,6 +58,9 @@ pub enum QueueError {
     /// A chain has fewer bytes than the device needs.
     #[error("a chain is too short")]
     ChainTooShort,
+    /// The driver offers more chains than it has descriptors, while we still have all that it had.
+    #[error("more chains than there are descriptors")]
+    TooManyChains,
     /// A ring or buffer is not in guest memory.
     #[error("a ring or buffer is not in guest memory")]
     Memory(#[from] MemoryError),
@@ -97,6 +100,8 @@ pub struct Queue {
     next_used: u16,
     /// `next_used` when the driver was last considered for an interrupt.
     signalled_used: u16,
+    /// Chains taken and not handed back: a driver can have no more than descriptors.
+    taken: u16,
 }
 
 /// What the features negotiated say about all queues of a device.
@@ -136,6 +141,7 @@ impl Queue {
             next_available: 0,
             next_used: 0,
             signalled_used: 0,
+            taken: 0,
         })
     }
 
@@ -170,16 +176,21 @@ impl Queue {
         if self.available(memory)? == 0 && !self.arm(memory)? {
             return Ok(None);
         }
+        if self.taken >= self.layout.size {
+            return Err(QueueError::TooManyChains);
+        }
         let slot = u64::from(self.next_available % self.layout.size);
         let head = memory.read_u16(Gpa(self.layout.available + 4 + slot * 2))?;
         let chain = self.walk(memory, head)?;
         self.next_available = self.next_available.wrapping_add(1);
+        self.taken += 1;
         Ok(Some(chain))
     }
 
     /// Gives back the chain that was taken last, as if it had not been.
     pub fn undo_pop(&mut self, _chain: Chain) {
         self.next_available = self.next_available.wrapping_sub(1);
+        self.taken = self.taken.saturating_sub(1);
     }
 
     /// Hands a chain back to the driver, `written` bytes of it filled in.
@@ -189,6 +200,7 @@ impl Queue {
         chain: Chain,
         written: u32,
     ) -> Result<(), QueueError> {
+        self.taken = self.taken.saturating_sub(1);
         let slot = u64::from(self.next_used % self.layout.size);
         // An element is { le32 id; le32 len; } (2.7.8).
         let element = u64::from(written) << 32 | u64::from(chain.head);

@@ -324,6 +324,34 @@ fn an_available_index_too_far_ahead_needs_a_reset() {
 }
 
 #[test]
+fn no_more_chains_are_taken_than_there_are_descriptors() {
+    let driver = Driver::new(Echo::default());
+    let layout = QueueLayout {
+        size: 8,
+        descriptors: 0x1000,
+        available: 0x2000,
+        used: 0x3000,
+    };
+    let features = QueueFeatures {
+        event_index: false,
+        indirect: false,
+    };
+    let mut queue = Queue::new(layout, features, 8).unwrap();
+    let offer = |count| driver.memory.write_u16(Gpa(0x2002), count).unwrap();
+    // One empty chain, again and again.
+    offer(8);
+    let mut taken: Vec<_> = (0..8)
+        .map(|_| queue.pop(&driver.memory).unwrap().unwrap())
+        .collect();
+    assert!(queue.pop(&driver.memory).unwrap().is_none());
+    offer(9);
+    let more = queue.pop(&driver.memory);
+    assert!(matches!(more, Err(QueueError::TooManyChains)));
+    queue.push(&driver.memory, taken.pop().unwrap(), 0).unwrap();
+    assert!(queue.pop(&driver.memory).unwrap().is_some());
+}
+
+#[test]
 fn a_pause_holds_everything_back() {
     let echo = Echo::default();
     let (events, host) = (echo.events.clone(), echo.host.clone());
