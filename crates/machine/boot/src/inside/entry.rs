@@ -115,9 +115,13 @@ pub(super) fn compare_versions(one: &str, other: &str) -> Ordering {
     let (mut one, mut other) = (one, other);
     loop {
         let (a, b) = (run(one), run(other));
-        let order = match (a.parse::<u64>(), b.parse::<u64>()) {
-            (Ok(a), Ok(b)) => a.cmp(&b),
-            _ => a.cmp(b),
+        let digits = |run: &str| run.starts_with(|c: char| c.is_ascii_digit());
+        let order = if digits(a) && digits(b) {
+            // Numbers of any length: the longer is the greater.
+            let (a, b) = (a.trim_start_matches('0'), b.trim_start_matches('0'));
+            a.len().cmp(&b.len()).then_with(|| a.cmp(b))
+        } else {
+            a.cmp(b)
         };
         if order != Ordering::Equal || (a.is_empty() && b.is_empty()) {
             return order;

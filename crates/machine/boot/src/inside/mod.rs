@@ -33,6 +33,8 @@ use self::volume::Volume;
 
 const KERNEL_BYTES_MAX: u64 = 512 << 20;
 const INITRD_BYTES_MAX: u64 = 1 << 30;
+/// File systems that are looked into; each costs memory and time by its size.
+const VOLUMES_MAX: usize = 8;
 /// Entries of boot loaders that are read.
 const ENTRIES_MAX: usize = 64;
 /// Partitions that are looked into.
@@ -96,6 +98,9 @@ pub fn find_kernel(
     for partition in all.iter().take(PARTITIONS_MAX) {
         let place = place(partition);
         match volume::kind(&**disk, partition)? {
+            Some("ext4") if volumes.len() == VOLUMES_MAX => {
+                looked.push(format!("{place} is one ext4 too many"))
+            }
             Some("ext4") => match Volume::open(disk, partition) {
                 Ok(volume) => {
                     looked.push(format!("{place} has ext4"));
@@ -132,7 +137,10 @@ fn load(
     let kernel = volume.read(&entry.kernel, KERNEL_BYTES_MAX)?;
     let mut initrd: Option<Vec<u8>> = None;
     for path in &entry.initrds {
-        let mut part = volume.read(path, INITRD_BYTES_MAX)?;
+        // All together are no larger than one may be.
+        let used = initrd.as_ref().map_or(0, |whole| whole.len() as u64 + 3);
+        let left = INITRD_BYTES_MAX.saturating_sub(used);
+        let mut part = volume.read(path, left)?;
         match &mut initrd {
             // Archives behind one another begin at multiples of four.
             Some(whole) => {

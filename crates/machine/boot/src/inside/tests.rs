@@ -336,6 +336,7 @@ fn versions_in_order() {
         "6.1.0-10-cloud",
         "6.2",
         "6.10",
+        "6.20000000000000000000000",
     ];
     for pair in ordered.windows(2) {
         assert_eq!(

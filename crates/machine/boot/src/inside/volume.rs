@@ -17,6 +17,8 @@ const NAMES_MAX: usize = 4096;
 /// the greatest; a million groups of the usual size are 128 TiB.
 const BLOCK_BITS_MAX: u64 = 16;
 const GROUPS_MAX: u64 = 1 << 20;
+/// mke2fs makes no smaller groups.
+const GROUP_BLOCKS_MIN: u64 = 256;
 
 /// What begins where, and what it is then called.
 const KINDS: [(u64, &[u8], &str); 9] = [
@@ -83,11 +85,14 @@ fn is_bearable(superblock: &[u8; 1024], partition_len: u64) -> bool {
     let is_64_bit = field(0x60) & 0x80 != 0;
     let high = if is_64_bit { field(0x150) << 32 } else { 0 };
     let blocks = high | field(0x4);
-    if block_bits > BLOCK_BITS_MAX || blocks > partition_len >> block_bits {
+    let per_group = field(0x20);
+    if block_bits > BLOCK_BITS_MAX
+        || blocks > partition_len >> block_bits
+        || per_group < GROUP_BLOCKS_MIN
+    {
         return false;
     }
-    let groups = blocks.checked_div(field(0x20));
-    groups.is_some_and(|groups| groups < GROUPS_MAX)
+    blocks / per_group < GROUPS_MAX
 }
 
 /// A file system that can be read.
