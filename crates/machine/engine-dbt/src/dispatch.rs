@@ -194,6 +194,10 @@ impl Translated {
                     self.code.written(gpa, len, &mut self.cpu, stats);
                 }
             }
+            if bits & request::LOOK != 0 {
+                self.env.me.settle();
+                self.confirm();
+            }
             if bits & request::GIVE_WAY != 0 {
                 self.env.peers.give_way(&self.env.me);
                 // What came meanwhile comes first.
@@ -233,6 +237,9 @@ impl Translated {
             return None;
         }
         if self.start_up() {
+            // It serializes.
+            self.env.me.settle();
+            self.confirm();
             return None;
         }
         let waiting = self.env.apic.waiting();

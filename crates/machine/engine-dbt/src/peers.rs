@@ -6,7 +6,7 @@
 //!
 //! - Who begins to watch a page first says so here and then *asks* the others to drop their tags for it. Nobody waits
 //!   for the answers: until they are there, the new blocks are *provisional*, and their vCPU compares their bytes with
-//!   memory whenever it comes to its dispatcher, hence before every instruction that serializes (see
+//!   memory after every instruction that serializes and whenever something is asked of it (see
 //!   `Translated::confirm`). A vCPU that stands still (halted, parked) has answered by that.
 //! - A block's lines are noted here ([`Peers::cover`]) before its bytes are compared once more. A store to a watched
 //!   page looks at the lines before it is made and once more after it was, so either it finds them or the comparison
@@ -54,6 +54,15 @@ pub struct Announced {
     held: u64,
 }
 
+/// Who runs alone.
+#[derive(Debug, Default)]
+struct Turns {
+    holder: Option<u32>,
+    /// vCPUs that wait to run alone. They come first: to stop the others once for all of them is cheaper, the more so
+    /// where one of the others has no processor of the host at the moment and can only stop when it gets one.
+    waiting: u32,
+}
+
 /// The vCPUs of one machine, as they know each other.
 pub struct Peers {
     memory: GuestMemory,
@@ -69,8 +78,8 @@ pub struct Peers {
     curious: AtomicU64,
     /// Somebody runs alone, or is about to.
     exclusive: AtomicBool,
-    /// Who.
-    holder: Mutex<Option<u32>>,
+    /// Who, and how many wait for it.
+    turns: Mutex<Turns>,
     changed: Condvar,
 }
 
@@ -106,7 +115,7 @@ impl Peers {
             answered: AtomicU64::new(0),
             curious: AtomicU64::new(0),
             exclusive: AtomicBool::new(false),
-            holder: Mutex::new(None),
+            turns: Mutex::default(),
             changed: Condvar::new(),
         })
     }
@@ -302,16 +311,18 @@ impl Peers {
 
     // Who runs.
 
-    /// vCPU `me` is about to use what it remembers of memory. Waits while somebody else runs alone.
+    /// vCPU `me` is about to use what it remembers of memory. Waits while somebody else runs alone, or is to.
     pub fn enter(&self, me: &VcpuShared) {
-        let mut holder = lock(&self.holder);
-        while holder.is_some_and(|holder| holder != me.id()) {
-            holder = self
-                .changed
-                .wait(holder)
-                .unwrap_or_else(PoisonError::into_inner);
+        let mut turns = lock(&self.turns);
+        while turns.holder.is_some() || turns.waiting > 0 {
+            turns = self.wait(turns);
         }
         me.set_running(true);
+    }
+
+    fn wait<'a>(&self, turns: MutexGuard<'a, Turns>) -> MutexGuard<'a, Turns> {
+        let woken = self.changed.wait(turns);
+        woken.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// vCPU `me` stands still until [`Peers::enter`].
@@ -319,7 +330,7 @@ impl Peers {
         me.set_running(false);
         self.tell_answer(me.id());
         if self.exclusive.load(Ordering::SeqCst) {
-            drop(lock(&self.holder));
+            drop(lock(&self.turns));
             self.changed.notify_all();
         }
     }
@@ -334,33 +345,29 @@ impl Peers {
     /// memory: `me` itself counts as standing still meanwhile, so it must see to questions before the next access.
     pub fn run_alone(&self, me: &VcpuShared) {
         self.leave(me);
-        let mut holder = lock(&self.holder);
-        while holder.is_some() {
-            holder = self
-                .changed
-                .wait(holder)
-                .unwrap_or_else(PoisonError::into_inner);
+        let mut turns = lock(&self.turns);
+        turns.waiting += 1;
+        while turns.holder.is_some() {
+            turns = self.wait(turns);
         }
-        *holder = Some(me.id());
+        turns.waiting -= 1;
+        turns.holder = Some(me.id());
         self.exclusive.store(true, Ordering::SeqCst);
         for vcpu in self.others(me.id()).filter(|vcpu| vcpu.is_running()) {
             vcpu.raise(request::GIVE_WAY);
         }
         while self.others(me.id()).any(VcpuShared::is_running) {
-            holder = self
-                .changed
-                .wait(holder)
-                .unwrap_or_else(PoisonError::into_inner);
+            turns = self.wait(turns);
         }
     }
 
     /// Ends what [`Peers::run_alone`] began.
     pub fn end_alone(&self, me: &VcpuShared) {
-        let mut holder = lock(&self.holder);
-        *holder = None;
+        let mut turns = lock(&self.turns);
+        turns.holder = None;
         self.exclusive.store(false, Ordering::SeqCst);
         me.set_running(true);
-        drop(holder);
+        drop(turns);
         self.changed.notify_all();
     }
 }

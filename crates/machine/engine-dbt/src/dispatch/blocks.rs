@@ -6,8 +6,8 @@ use super::*;
 
 /// Guest bytes fetched for a block: more than its most instructions can have.
 const WINDOW: usize = 1024;
-/// How often a block is begun anew whose bytes others change while it is translated.
-const TRIES: usize = 10_000;
+/// How often a block is begun anew whose bytes others change while it is translated, before it is taken as it is.
+const TRIES: usize = 100;
 
 impl Translated {
     /// The block at RIP, translated if need be.
@@ -71,17 +71,15 @@ impl Translated {
         user: bool,
         bus: &dyn IoBus,
     ) -> Result<Result<u32, Fault>, EngineError> {
-        for _ in 0..TRIES {
-            match self.try_block(key, linear, user, bus)? {
+        let mut tries = 0;
+        loop {
+            match self.try_block(key, linear, user, tries >= TRIES, bus)? {
                 Ok(Some(id)) => return Ok(Ok(id)),
                 Ok(None) => std::thread::yield_now(),
                 Err(fault) => return Ok(Err(fault)),
             }
+            tries += 1;
         }
-        Err(EngineError::Internal(format!(
-            "the code at RIP {:#x} changes too fast to be translated",
-            key.rip
-        )))
     }
 
     /// Begins to watch a page for stores, if this vCPU has no code from it yet.
@@ -93,12 +91,13 @@ impl Translated {
         asked
     }
 
-    /// Translates a block. `None`: its bytes changed meanwhile.
+    /// Translates a block. `None`: its bytes changed meanwhile, and it is not taken `anyway`.
     fn try_block(
         &mut self,
         key: Key,
         linear: u64,
         user: bool,
+        anyway: bool,
         bus: &dyn IoBus,
     ) -> Result<Result<Option<u32>, Fault>, EngineError> {
         let started = Instant::now();
@@ -182,11 +181,13 @@ impl Translated {
                 source(from_first..done.len as usize),
             ),
         ];
-        if !self.unchanged(&made_from) {
+        let unchanged = self.unchanged(&made_from);
+        if !unchanged && !anyway {
             self.code.invalidate(id, &mut self.cpu, &mut self.env.stats);
             return Ok(Ok(None));
         }
-        self.watch_provisional(id, asked, made_from);
+        // A CPU may have fetched the old bytes too, until it serializes: the block may run once.
+        self.watch_provisional(id, asked, made_from, unchanged);
         Ok(Ok(Some(id)))
     }
 
@@ -265,7 +266,10 @@ impl Translated {
         if !far {
             self.code.connect(number, id);
         } else if global {
-            let linear = key.rip.wrapping_add(key.cs_base);
+            let mut linear = key.rip.wrapping_add(key.cs_base);
+            if Mode(key.mode).bits() != 64 {
+                linear &= 0xffff_ffff;
+            }
             self.code.connect_far(number, id, linear >> 12);
         } else {
             return Ok(None);

@@ -22,14 +22,23 @@ impl Translated {
         })
     }
 
-    /// Remembers a new block until the question is answered, if it is not.
-    pub(super) fn watch_provisional(&mut self, block: u32, asked: u64, bytes: [(u64, Vec<u8>); 2]) {
+    /// Remembers a new block until the question is answered, if it is not, or if it is known that its bytes changed.
+    pub(super) fn watch_provisional(
+        &mut self,
+        block: u32,
+        asked: u64,
+        bytes: [(u64, Vec<u8>); 2],
+        unchanged: bool,
+    ) {
         let (peers, me) = (&self.env.peers, self.env.me.id());
-        if peers.answered(me, asked) {
+        if unchanged && peers.answered(me, asked) {
             return;
         }
         // Whoever answers from here on says so.
         peers.set_curious(me, true);
+        if !unchanged || peers.answered(me, asked) {
+            self.cpu.raise_request(request::LOOK);
+        }
         self.provisional.push(Provisional {
             block,
             generation: self.generation,
