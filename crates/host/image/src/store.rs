@@ -189,8 +189,7 @@ impl Store {
         &self.root
     }
 
-    /// The manifests of all images, by name. Unreadable ones are left out; [`Store::get`] says what is wrong with them.
-    pub fn list(&self) -> Result<Vec<Manifest>, ImageError> {
+    fn names(&self) -> Result<Vec<String>, ImageError> {
         let directory = self.root.join("images");
         let entries = match fs::read_dir(&directory) {
             Ok(entries) => entries,
@@ -208,6 +207,12 @@ impl Store {
         };
         let mut names: Vec<String> = entries.flatten().filter_map(name).collect();
         names.sort();
+        Ok(names)
+    }
+
+    /// The manifests of all images, by name. Unreadable ones are left out; [`Store::get`] says what is wrong with them.
+    pub fn list(&self) -> Result<Vec<Manifest>, ImageError> {
+        let names = self.names()?;
         Ok(names
             .iter()
             .filter_map(|name| self.manifest(name).ok())
@@ -481,7 +486,10 @@ impl Store {
 
     /// Needs the lock.
     fn remove_unused_blobs(&self) -> Result<(), ImageError> {
-        let images = self.list()?;
+        let names = self.names()?;
+        let images: Result<Vec<_>, _> = names.iter().map(|name| self.manifest(name)).collect();
+        // What cannot be read, such as an image of a later version, may use any of them.
+        let Ok(images) = images else { return Ok(()) };
         let used = |name: &str| {
             images
                 .iter()
