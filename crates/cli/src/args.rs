@@ -68,7 +68,7 @@ pub struct RunArgs {
     /// Add a disk; `,ro` write-protects it, `,backing=FILE` allows an image to be built on that file. May be given several times
     #[arg(long = "disk", value_name = "FILE[,ro][,format=raw|qcow2]")]
     pub disks: Vec<DiskConfig>,
-    /// Number of CPUs
+    /// Number of CPUs, 1 to 64
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
     #[arg(long, value_name = "SIZE", allow_hyphen_values = true, help = MEMORY_HELP)]

@@ -1,7 +1,7 @@
 //! The machine's own process: what this program and it say to each other.
 //!
 //! ```text
-//!   strata run ──spawns──▶ strata machine NAME      (no environment, namespaces of its own, then its jail)
+//!   strata run ──spawns──▶ strata machine NAME      (an empty environment but for LD_LIBRARY_PATH, namespaces of its own, then its jail)
 //!     0 what is typed on the console ──▶            4 control socket, listening
 //!     1 ◀── what the console prints                 5 vsock's socket, listening
 //!     2 ◀── last words of a fault of ours           6 ◀──▶ dialling for the guest: a port goes out, a socket comes back

@@ -152,7 +152,7 @@ const REFUSED: [libc::c_long; 22] = [
 /// Closes the process off for good. To be called when all is built, on any thread; it is for all of them.
 ///
 /// # Errors
-/// If the kernel refuses; the process is as it was then.
+/// If the kernel refuses; what was laid down before stays.
 pub fn seal(filter: Filter) -> Result<(), SealError> {
     REPORT.store(filter.report, Ordering::SeqCst);
     SURVIVE.store(filter.survive, Ordering::SeqCst);

@@ -1,6 +1,6 @@
 //! The jail of a machine's process: what it is put into before the guest's first instruction, layer by layer.
 //!
-//! A machine has a process of its own, made by [`spawn`] with nothing of our environment, in namespaces of its own and with
+//! A machine has a process of its own, made by [`spawn`] with nothing of our environment but LD_LIBRARY_PATH, in namespaces of its own and with
 //! no descriptors but those it is given. It goes into its jail in two steps:
 //!
 //! 1. [`confine`], while it has one thread and has opened its files: no new privileges, limits, a root directory with

@@ -4,8 +4,8 @@
 //! the vCPUs it names; [`Machine::run`] runs them until the machine ends and says how ([`Outcome`]).
 //!
 //! Threads: each vCPU has one, on which devices are called; one thread (the caller of [`Machine::run`]) owns the
-//! lifecycle and everything that changes it, and hears of all else by [`Event`]s; console input and the control
-//! socket have threads that only send it requests.
+//! lifecycle and everything that changes it, and hears of all else by [`Event`]s; console input, the control
+//! socket, gdb and the process in front have threads that only send it requests.
 //!
 //! This crate knows no image store, no node and no HTTP.
 
