@@ -14,9 +14,11 @@ use std::sync::Arc;
 use iced_x86::Instruction;
 use strata_engine::{EngineError, VcpuStats};
 
-use crate::cpu::{Cpu, jump_index};
+use crate::caches::jump_index;
+use crate::cpu::Cpu;
 use crate::mmu::OperandAccess;
 use crate::peers::Peers;
+use crate::translate::Mode;
 
 /// Bytes of the code caches of all vCPUs together, and what one has at most and at least. The host's memory is taken
 /// as they fill.
@@ -39,6 +41,13 @@ pub struct Key {
     pub cs_base: u64,
     /// Mode word, see `translate::Mode`.
     pub mode: u32,
+}
+
+impl Key {
+    /// Linear address of the first byte.
+    pub fn linear(&self) -> u64 {
+        Mode(self.mode).linear(self.rip, self.cs_base)
+    }
 }
 
 /// A multiply-and-rotate hasher: keys are addresses the guest may choose, but it can only slow itself down.

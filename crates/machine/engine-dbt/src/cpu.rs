@@ -7,287 +7,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use strata_engine::x86::{DescriptorTable, Segment};
 
-/// Entries of each soft TLB.
-pub const TLB_ENTRIES: usize = 1024;
-/// Entries of each jump cache.
-pub const JUMP_ENTRIES: usize = 16384;
-/// Entries of a jump cache that are emptied one by one; where more are in use, all are.
-const JUMPS_LISTED: usize = 1024;
-
-/// Tags of an empty soft TLB. A tag "hits" the addresses of its page and the few bytes below it, so the empty tag of
-/// entry `i` names a page whose own index is half the table away from `i`: no address at all hits an empty entry.
-#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler")]
-static EMPTY_TLB: [u64; TLB_ENTRIES] = {
-    let mut tags = [0; TLB_ENTRIES];
-    let mut i = 0;
-    while i < TLB_ENTRIES {
-        tags[i] = (((i + TLB_ENTRIES / 2) % TLB_ENTRIES) as u64 * 4096).wrapping_neg();
-        i += 1;
-    }
-    tags
-};
-
-/// Where the jump cache holds `rip`. Functions start at multiples of 16, so the page number takes part.
-pub const fn jump_index(rip: u64) -> usize {
-    rip.wrapping_add(rip.rotate_right(12)) as usize % JUMP_ENTRIES
-}
-
-/// Tags of an empty jump cache: the address that would hit entry `i` has another index.
-#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler")]
-static EMPTY_JUMP: [u64; JUMP_ENTRIES] = {
-    let mut tags = [0; JUMP_ENTRIES];
-    let mut i = 0;
-    while i < JUMP_ENTRIES {
-        let mut other = i ^ 1;
-        while jump_index(other as u64) == i {
-            other += 1;
-        }
-        tags[i] = (other as u64).wrapping_neg();
-        i += 1;
-    }
-    tags
-};
+use crate::caches::{Dropped, JUMP_ENTRIES, JumpCache, LargePages, SoftTlb, TLB_ENTRIES};
 
 /// Bytes of the bounce buffer an operand may take (an XSAVE area never bounces; the interpreter copies it).
 pub const BOUNCE_SIZE: usize = 256;
-
-/// A soft TLB of one privilege class. Tags hold the negated page address, so that address + tag is the offset in
-/// the page on a hit; `delta` is host address minus linear address.
-#[repr(C)]
-pub struct SoftTlb {
-    /// Tags for loads.
-    pub read: [u64; TLB_ENTRIES],
-    /// Tags for stores: the page is writable, dirty in its page-table entry, RAM, and holds no watched code.
-    pub write: [u64; TLB_ENTRIES],
-    /// Host address minus linear address.
-    pub delta: [u64; TLB_ENTRIES],
-    /// One bit per entry: filled from a global mapping.
-    pub global: [u64; TLB_ENTRIES / 64],
-}
-
-/// A cache from linear instruction address to host code. Tags hold the negated address.
-#[repr(C)]
-pub struct JumpCache {
-    /// Negated linear addresses.
-    pub tag: [u64; JUMP_ENTRIES],
-    /// Host addresses.
-    pub target: [u64; JUMP_ENTRIES],
-    /// One bit per linear page modulo 4096: some entry may have come from such a page.
-    pages: [u64; 64],
-    /// Some entry came from a mapping that is not global.
-    local: bool,
-    /// Some entry's linear address is not its RIP.
-    based: bool,
-    /// The entries that are in use, as far as there is room to list them.
-    used: [u16; JUMPS_LISTED],
-    /// How many were used.
-    uses: u32,
-}
-
-/// Where pages of more than 4 KiB were used: the TLBs hold their 4 KiB parts, and INVLPG drops all of them.
-pub struct LargePages {
-    /// By size of pages, and apart for those that are not global and those that are: one bit per region of that size,
-    /// modulo.
-    regions: [[[u64; 64]; 2]; 2],
-}
-
-impl LargePages {
-    /// None yet.
-    const NONE: LargePages = LargePages {
-        regions: [[[0; 64]; 2]; 2],
-    };
-    /// Sizes that are told apart. All up to 4 MiB count as this large: dropping more than one must is allowed.
-    const SHIFTS: [u32; 2] = [22, 30];
-
-    /// Notes the use of a page of `1 << shift` bytes.
-    pub fn note(&mut self, linear: u64, shift: u32, global: bool) {
-        for (known, regions) in LargePages::SHIFTS.into_iter().zip(&mut self.regions) {
-            let region = linear >> known;
-            let word = regions
-                .get_mut(usize::from(global))
-                .and_then(|bits| bits.get_mut((region / 64 % 64) as usize));
-            if let Some(word) = word
-                && shift <= known
-            {
-                *word |= 1 << (region % 64);
-                return;
-            }
-        }
-    }
-
-    /// What must be dropped for the page at `linear`: `1 << shift` bytes.
-    fn shift(&self, linear: u64) -> u32 {
-        let used = |(known, regions): &(u32, &[[u64; 64]; 2])| {
-            let region = linear >> known;
-            let word = |bits: &[u64; 64]| bits.get((region / 64 % 64) as usize).copied();
-            regions
-                .iter()
-                .filter_map(word)
-                .any(|word| word & 1 << (region % 64) != 0)
-        };
-        let mut sizes = LargePages::SHIFTS.into_iter().zip(&self.regions).rev();
-        sizes.find(used).map_or(12, |(known, _)| known)
-    }
-
-    /// Forgets pages that are not global.
-    fn forget_local(&mut self) {
-        for [local, _] in &mut self.regions {
-            local.fill(0);
-        }
-    }
-}
-
-/// Mappings that were dropped since the dispatcher last looked, for jumps between pages that rely on them.
-pub struct Dropped {
-    /// Linear addresses and the sizes of their pages, `1 << shift` bytes.
-    pages: [(u64, u32); 16],
-    /// How many; more than there is room for stands for all mappings.
-    count: u32,
-}
-
-impl Dropped {
-    fn all(&mut self) {
-        self.count = u32::MAX;
-    }
-
-    fn page(&mut self, linear: u64, shift: u32) {
-        if let Some(page) = self.pages.get_mut(self.count as usize) {
-            *page = (linear, shift);
-        }
-        self.count = self.count.saturating_add(1);
-    }
-
-    /// True if there are any.
-    pub fn any(&self) -> bool {
-        self.count != 0
-    }
-
-    /// The pages, or `None` for all; and there are none any more.
-    pub fn take(&mut self) -> Option<&[(u64, u32)]> {
-        let count = std::mem::take(&mut self.count);
-        self.pages.get(..count as usize)
-    }
-}
-
-impl SoftTlb {
-    /// Empties one entry.
-    pub fn drop_entry(&mut self, index: usize) {
-        if let (Some(read), Some(write), Some(&tag)) = (
-            self.read.get_mut(index),
-            self.write.get_mut(index),
-            EMPTY_TLB.get(index),
-        ) {
-            *read = tag;
-            *write = tag;
-        }
-    }
-
-    /// Empties what is held of the page of `1 << shift` bytes at `linear`.
-    fn drop_page(&mut self, linear: u64, shift: u32) {
-        if shift == 12 {
-            return self.drop_entry((linear >> 12) as usize % TLB_ENTRIES);
-        }
-        let tags = self.read.iter_mut().zip(&mut self.write).zip(&EMPTY_TLB);
-        for ((read, write), &empty) in tags {
-            if (read.wrapping_neg() ^ linear) >> shift == 0 {
-                (*read, *write) = (empty, empty);
-            }
-        }
-    }
-
-    /// Makes stores to every page take the slow path once more.
-    pub fn drop_writes(&mut self) {
-        self.write.copy_from_slice(&EMPTY_TLB);
-    }
-
-    /// Makes stores to the page at host address `host` take the slow path once more, so that a newly watched page is
-    /// seen.
-    pub fn drop_writes_to(&mut self, host: u64) {
-        for ((tag, &delta), &empty) in self.write.iter_mut().zip(&self.delta).zip(&EMPTY_TLB) {
-            if delta.wrapping_sub(*tag) == host {
-                *tag = empty;
-            }
-        }
-    }
-}
-
-impl JumpCache {
-    /// Empties the cache.
-    pub fn clear(&mut self) {
-        let (used, tags) = (self.used.get(..self.uses as usize), &mut self.tag);
-        for &index in used.unwrap_or(&[]) {
-            let index = usize::from(index);
-            if let (Some(tag), Some(&empty)) = (tags.get_mut(index), EMPTY_JUMP.get(index)) {
-                *tag = empty;
-            }
-        }
-        if used.is_none() {
-            self.tag.copy_from_slice(&EMPTY_JUMP);
-        }
-        self.uses = 0;
-        self.pages.fill(0);
-        self.local = false;
-        self.based = false;
-    }
-
-    /// Drops the entries that may depend on the mapping of the page of `1 << shift` bytes at `linear`: those whose code
-    /// begins in it, or in the 4 KiB before and may reach into it.
-    fn clear_page(&mut self, linear: u64, shift: u32) {
-        let page = linear >> 12;
-        let word = self.pages.get((page / 64 % 64) as usize);
-        if shift == 12 && word.is_none_or(|word| word & 1 << (page % 64) == 0) {
-            return;
-        }
-        if self.based {
-            return self.clear();
-        }
-        let first = (linear >> shift << shift).wrapping_sub(4096);
-        for (tag, &empty) in self.tag.iter_mut().zip(&EMPTY_JUMP) {
-            if tag.wrapping_neg().wrapping_sub(first) < (1 << shift) + 4096 {
-                *tag = empty;
-            }
-        }
-    }
-
-    /// Empties one entry.
-    pub fn drop_entry(&mut self, index: usize) {
-        if let (Some(tag), Some(&empty)) = (self.tag.get_mut(index), EMPTY_JUMP.get(index)) {
-            *tag = empty;
-        }
-    }
-
-    /// The host address remembered for `rip`.
-    pub fn get(&self, rip: u64) -> Option<u64> {
-        let index = jump_index(rip);
-        let hit = *self.tag.get(index)? == rip.wrapping_neg();
-        hit.then(|| self.target.get(index).copied()).flatten()
-    }
-
-    /// Remembers that `rip`, whose code starts at `linear` and may reach into the next page, is at host address
-    /// `target`.
-    pub fn set(&mut self, rip: u64, linear: u64, crosses: bool, global: bool, target: u64) {
-        let page = linear >> 12;
-        for page in page..=page + u64::from(crosses) {
-            if let Some(word) = self.pages.get_mut((page / 64 % 64) as usize) {
-                *word |= 1 << (page % 64);
-            }
-        }
-        self.local |= !global;
-        self.based |= linear != rip;
-        let index = jump_index(rip);
-        let empty = EMPTY_JUMP.get(index);
-        if let (Some(tag), Some(to)) = (self.tag.get_mut(index), self.target.get_mut(index)) {
-            if Some(&*tag) == empty {
-                if let Some(next) = self.used.get_mut(self.uses as usize) {
-                    *next = index as u16;
-                }
-                self.uses = self.uses.saturating_add(1);
-            }
-            *tag = rip.wrapping_neg();
-            *to = target;
-        }
-    }
-}
 
 /// Index of the TLB and jump cache a mode uses.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -543,10 +266,6 @@ impl Cpu {
         cpu.tlb_mask = (TLB_ENTRIES as u64 - 1) << 12;
         cpu.page_mask = !0xfff;
         cpu.jump_mask = JUMP_ENTRIES as u64 - 1;
-        for jump in &mut cpu.jump {
-            // So that clearing begins with all of them.
-            jump.uses = u32::MAX;
-        }
         cpu.pauses = 1;
         cpu.reset();
         cpu
@@ -792,30 +511,8 @@ impl Cpu {
             self.large.forget_local();
         }
         for (tlb, jump) in self.tlb.iter_mut().zip(self.jump.iter_mut()) {
-            if global || tlb.global.iter().all(|&bits| bits == 0) {
-                tlb.read.copy_from_slice(&EMPTY_TLB);
-                tlb.write.copy_from_slice(&EMPTY_TLB);
-                tlb.global.fill(0);
-            } else {
-                for (word, &bits) in tlb.global.iter().enumerate() {
-                    if bits == u64::MAX {
-                        continue;
-                    }
-                    let start = word * 64;
-                    let reads = tlb.read.iter_mut().skip(start).take(64);
-                    let writes = tlb.write.iter_mut().skip(start).take(64);
-                    let empty = EMPTY_TLB.iter().skip(start);
-                    for (i, ((read, write), &tag)) in reads.zip(writes).zip(empty).enumerate() {
-                        if bits & (1 << i) == 0 {
-                            *read = tag;
-                            *write = tag;
-                        }
-                    }
-                }
-            }
-            if global || jump.local {
-                jump.clear();
-            }
+            tlb.flush(global);
+            jump.flush(global);
         }
     }
 
@@ -825,7 +522,7 @@ impl Cpu {
         self.dropped.page(linear, shift);
         for (tlb, jump) in self.tlb.iter_mut().zip(self.jump.iter_mut()) {
             tlb.drop_page(linear, shift);
-            jump.clear_page(linear, shift);
+            jump.drop_page(linear, shift);
         }
     }
 }
@@ -833,7 +530,8 @@ impl Cpu {
 /// Offsets of the fields that emitted code touches.
 pub mod off {
     #![allow(missing_docs)]
-    use super::{Cpu, JumpCache, SoftTlb};
+    use super::Cpu;
+    use crate::caches::{JumpCache, SoftTlb};
     use std::mem::offset_of;
 
     pub const RIP: u32 = offset_of!(Cpu, rip) as u32;
@@ -897,16 +595,6 @@ pub mod off {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn no_address_hits_an_empty_entry() {
-        for (index, tag) in EMPTY_JUMP.iter().enumerate() {
-            assert_ne!(jump_index(tag.wrapping_neg()), index);
-        }
-        for (index, tag) in EMPTY_TLB.iter().enumerate() {
-            assert_ne!((tag.wrapping_neg() >> 12) as usize % TLB_ENTRIES, index);
-        }
-    }
 
     #[test]
     fn an_invalidated_page_takes_its_jumps_along_and_no_others() {

@@ -27,6 +27,7 @@
 
 pub mod apic;
 mod asm;
+pub mod caches;
 pub mod code;
 pub mod cpu;
 mod debug;

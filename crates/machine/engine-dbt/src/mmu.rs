@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use strata_memory::{Gpa, SlotKind};
 
-use crate::cpu::{BOUNCE_SIZE, TLB_ENTRIES, control, flags};
+use crate::caches::TLB_ENTRIES;
+use crate::cpu::{BOUNCE_SIZE, control, flags};
 use crate::env::{Access, Exec, Fault};
 use crate::peers::Announced;
 

@@ -11,7 +11,7 @@ mod memory;
 mod operand;
 mod stack;
 
-pub use block::{Fetch, Translated, translate};
+pub use block::{Fetch, NeedsNextPage, Translated, translate};
 
 use strata_engine::x86::Segment;
 
@@ -110,6 +110,16 @@ impl Mode {
     /// The same mode, for exactly one instruction.
     pub fn single(self) -> Mode {
         Mode(self.0 | Mode::SINGLE)
+    }
+
+    /// Linear address of `rip` in a code segment with that base.
+    pub fn linear(self, rip: u64, cs_base: u64) -> u64 {
+        let linear = rip.wrapping_add(cs_base);
+        if self.bits() == 64 {
+            linear
+        } else {
+            linear & 0xffff_ffff
+        }
     }
 
     /// Code size in bits.

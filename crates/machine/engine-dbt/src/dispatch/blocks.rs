@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::*;
+use crate::translate::{NeedsNextPage, Translated as Block};
 
 /// Guest bytes fetched for a block: more than its most instructions can have.
 const WINDOW: usize = 1024;
@@ -22,18 +23,15 @@ impl Translated {
             self.cpu.segments[1].base
         };
         let rip = self.cpu.rip;
-        let mut linear = rip.wrapping_add(cs_base);
-        if mode.bits() == 64 {
-            if !canonical(rip) {
-                return Ok(Err(Fault::protection(0)));
-            }
+        let allowed = if mode.bits() == 64 {
+            canonical(rip)
         } else {
-            linear &= 0xffff_ffff;
-        }
-        if mode.bits() != 64 && rip > u64::from(self.cpu.segments[1].limit) {
+            rip <= u64::from(self.cpu.segments[1].limit)
+        };
+        if !allowed {
             return Ok(Err(Fault::protection(0)));
         }
-        let user = mode.user();
+        let (linear, user) = (mode.linear(rip, cs_base), mode.user());
         let (gpa, global) = match self.exec(bus).translate(linear, Access::Fetch, user) {
             Ok(to) => (to.gpa, to.global),
             Err(fault) => return Ok(Err(fault)),
@@ -59,21 +57,17 @@ impl Translated {
                 Err(fault) => return Ok(Err(fault)),
             }
         }
-        Ok(self
-            .translate_block(key, linear, user, bus)?
-            .map(|id| (id, key, global)))
+        Ok(self.translate_block(key, bus)?.map(|id| (id, key, global)))
     }
 
     fn translate_block(
         &mut self,
         key: Key,
-        linear: u64,
-        user: bool,
         bus: &dyn IoBus,
     ) -> Result<Result<u32, Fault>, EngineError> {
         let mut tries = 0;
         loop {
-            match self.try_block(key, linear, user, tries >= TRIES, bus)? {
+            match self.try_block(key, tries >= TRIES, bus)? {
                 Ok(Some(id)) => return Ok(Ok(id)),
                 Ok(None) => std::thread::yield_now(),
                 Err(fault) => return Ok(Err(fault)),
@@ -91,16 +85,22 @@ impl Translated {
         asked
     }
 
+    /// Translates from these bytes, of which `in_page` lie in the block's first page.
+    fn make(&mut self, key: Key, bytes: &[u8], in_page: usize) -> Result<Block, NeedsNextPage> {
+        let fetch = Fetch { bytes, in_page };
+        let (stubs, features) = (&self.stubs, &self.features);
+        translate(key, fetch, &mut self.code, stubs, features, self.options)
+    }
+
     /// Translates a block. `None`: its bytes changed meanwhile, and it is not taken `anyway`.
     fn try_block(
         &mut self,
         key: Key,
-        linear: u64,
-        user: bool,
         anyway: bool,
         bus: &dyn IoBus,
     ) -> Result<Result<Option<u32>, Fault>, EngineError> {
         let started = Instant::now();
+        let (linear, user) = (key.linear(), Mode(key.mode).user());
         if self.code.full() {
             self.code.flush(&mut self.cpu, &mut self.env.stats);
             self.generation += 1;
@@ -111,19 +111,8 @@ impl Translated {
         let (head, tail) = bytes.split_at_mut(in_page);
         // Memory that is not there reads as ones, as on a bus that nobody answers.
         let _ = self.env.memory.read(Gpa(key.gpa), head);
-        let fetch = Fetch {
-            bytes: head,
-            in_page,
-        };
         let mut second_page = None;
-        let done = match translate(
-            key,
-            fetch,
-            &mut self.code,
-            &self.stubs,
-            &self.features,
-            self.options,
-        ) {
+        let done = match self.make(key, head, in_page) {
             Ok(done) => done,
             Err(_) => {
                 let next = (linear & !0xfff).wrapping_add(4096);
@@ -137,25 +126,9 @@ impl Translated {
                 }
                 second_page = Some(gpa >> 12);
                 let all = bytes.get(..in_page + 15).unwrap_or(&[]);
-                let fetch = Fetch {
-                    bytes: all,
-                    in_page,
-                };
-                match translate(
-                    key,
-                    fetch,
-                    &mut self.code,
-                    &self.stubs,
-                    &self.features,
-                    self.options,
-                ) {
-                    Ok(done) => done,
-                    Err(_) => {
-                        return Err(EngineError::Internal(
-                            "an instruction longer than 15 bytes".into(),
-                        ));
-                    }
-                }
+                self.make(key, all, in_page).map_err(|_| {
+                    EngineError::Internal("an instruction longer than 15 bytes".into())
+                })?
             }
         };
         let second_page = second_page.filter(|_| done.len as usize > in_page);
@@ -224,10 +197,9 @@ impl Translated {
             *cached = (mode, key.cs_base);
             jump.clear();
         }
-        let linear = key.rip.wrapping_add(key.cs_base);
         jump.set(
             key.rip,
-            linear,
+            key.linear(),
             block.second_page.is_some(),
             global,
             self.code.address(block.entry),
@@ -266,11 +238,7 @@ impl Translated {
         if !far {
             self.code.connect(number, id);
         } else if global {
-            let mut linear = key.rip.wrapping_add(key.cs_base);
-            if Mode(key.mode).bits() != 64 {
-                linear &= 0xffff_ffff;
-            }
-            self.code.connect_far(number, id, linear >> 12);
+            self.code.connect_far(number, id, key.linear() >> 12);
         } else {
             return Ok(None);
         }

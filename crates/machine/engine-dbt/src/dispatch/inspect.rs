@@ -3,8 +3,9 @@
 use strata_verify::{Emitted, Field, JumpArrays, Layout, Site, TlbArrays, Usage};
 
 use super::*;
+use crate::caches::JUMP_ENTRIES;
 use crate::code::Link;
-use crate::cpu::{JUMP_ENTRIES, Privilege, off};
+use crate::cpu::{Privilege, off};
 use crate::translate::Translated as Block;
 
 /// Where things are, for code in `code`.

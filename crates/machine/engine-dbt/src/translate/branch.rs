@@ -10,8 +10,9 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 use super::block::{Builder, Cold};
 use crate::asm::Here;
 use crate::asm::reg::{R8, R9, R10, R11, RCX, RSP};
+use crate::caches::jump_index;
 use crate::code::{BranchSite, Key, Link, Next};
-use crate::cpu::{jump_index, off};
+use crate::cpu::off;
 use crate::mmu::OperandAccess;
 use crate::raw::Raw;
 

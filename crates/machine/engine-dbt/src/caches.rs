@@ -1,0 +1,334 @@
+//! What a vCPU remembers of memory and code, in the context where emitted code reaches it: the soft TLBs from linear
+//! address to host memory, the jump caches from RIP to host code, and what INVLPG must know of both.
+
+/// Entries of each soft TLB.
+pub const TLB_ENTRIES: usize = 1024;
+/// Entries of each jump cache.
+pub const JUMP_ENTRIES: usize = 16384;
+/// Entries of a jump cache that are emptied one by one; where more are in use, all are.
+const JUMPS_LISTED: usize = 1024;
+
+/// Tags of an empty soft TLB. A tag "hits" the addresses of its page and the few bytes below it, so the empty tag of
+/// entry `i` names a page whose own index is half the table away from `i`: no address at all hits an empty entry.
+#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler")]
+static EMPTY_TLB: [u64; TLB_ENTRIES] = {
+    let mut tags = [0; TLB_ENTRIES];
+    let mut i = 0;
+    while i < TLB_ENTRIES {
+        tags[i] = (((i + TLB_ENTRIES / 2) % TLB_ENTRIES) as u64 * 4096).wrapping_neg();
+        i += 1;
+    }
+    tags
+};
+
+/// Where the jump cache holds `rip`. Functions start at multiples of 16, so the page number takes part.
+pub const fn jump_index(rip: u64) -> usize {
+    rip.wrapping_add(rip.rotate_right(12)) as usize % JUMP_ENTRIES
+}
+
+/// Tags of an empty jump cache: the address that would hit entry `i` has another index.
+#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler")]
+static EMPTY_JUMP: [u64; JUMP_ENTRIES] = {
+    let mut tags = [0; JUMP_ENTRIES];
+    let mut i = 0;
+    while i < JUMP_ENTRIES {
+        let mut other = i ^ 1;
+        while jump_index(other as u64) == i {
+            other += 1;
+        }
+        tags[i] = (other as u64).wrapping_neg();
+        i += 1;
+    }
+    tags
+};
+
+/// A set of numbers that may hold more than was put in: one bit per number modulo 4096.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Residues([u64; 64]);
+
+impl Residues {
+    /// The empty set.
+    const NONE: Residues = Residues([0; 64]);
+
+    fn insert(&mut self, number: u64) {
+        if let Some(word) = self.0.get_mut((number / 64 % 64) as usize) {
+            *word |= 1 << (number % 64);
+        }
+    }
+
+    fn contains(&self, number: u64) -> bool {
+        let word = self.0.get((number / 64 % 64) as usize);
+        word.is_some_and(|word| word & 1 << (number % 64) != 0)
+    }
+}
+
+/// A soft TLB of one privilege class. Tags hold the negated page address, so that address + tag is the offset in
+/// the page on a hit; `delta` is host address minus linear address.
+#[repr(C)]
+pub struct SoftTlb {
+    /// Tags for loads.
+    pub read: [u64; TLB_ENTRIES],
+    /// Tags for stores: the page is writable, dirty in its page-table entry, RAM, and holds no watched code.
+    pub write: [u64; TLB_ENTRIES],
+    /// Host address minus linear address.
+    pub delta: [u64; TLB_ENTRIES],
+    /// One bit per entry: filled from a global mapping.
+    pub global: [u64; TLB_ENTRIES / 64],
+}
+
+/// A cache from linear instruction address to host code. Tags hold the negated address.
+#[repr(C)]
+pub struct JumpCache {
+    /// Negated linear addresses.
+    pub tag: [u64; JUMP_ENTRIES],
+    /// Host addresses.
+    pub target: [u64; JUMP_ENTRIES],
+    /// Linear pages that entries may have come from.
+    pages: Residues,
+    /// Some entry came from a mapping that is not global.
+    local: bool,
+    /// Some entry's linear address is not its RIP.
+    based: bool,
+    /// The entries that are in use, unless there is no room left to list them.
+    used: [u16; JUMPS_LISTED],
+    /// How many more there is room for.
+    room: usize,
+}
+
+/// Where pages of more than 4 KiB were used: the TLBs hold their 4 KiB parts, and INVLPG drops all of them.
+pub struct LargePages {
+    /// By size of pages, and apart for those that are not global and those that are: regions of that size.
+    regions: [[Residues; 2]; 2],
+}
+
+impl LargePages {
+    /// None yet.
+    pub const NONE: LargePages = LargePages {
+        regions: [[Residues::NONE; 2]; 2],
+    };
+    /// Sizes that are told apart. All up to 4 MiB count as this large: dropping more than one must is allowed.
+    const SHIFTS: [u32; 2] = [22, 30];
+
+    /// Notes the use of a page of `1 << shift` bytes.
+    pub fn note(&mut self, linear: u64, shift: u32, global: bool) {
+        let mut sizes = LargePages::SHIFTS.into_iter().zip(&mut self.regions);
+        if let Some((known, [local, kept])) = sizes.find(|(known, _)| shift <= *known) {
+            let regions = if global { kept } else { local };
+            regions.insert(linear >> known);
+        }
+    }
+
+    /// What must be dropped for the page at `linear`: `1 << shift` bytes.
+    pub fn shift(&self, linear: u64) -> u32 {
+        let mut sizes = LargePages::SHIFTS.into_iter().zip(&self.regions).rev();
+        sizes
+            .find(|(known, regions)| regions.iter().any(|set| set.contains(linear >> known)))
+            .map_or(12, |(known, _)| known)
+    }
+
+    /// Forgets pages that are not global.
+    pub fn forget_local(&mut self) {
+        for [local, _] in &mut self.regions {
+            *local = Residues::NONE;
+        }
+    }
+}
+
+/// Mappings that were dropped since the dispatcher last looked, for jumps between pages that rely on them.
+pub struct Dropped {
+    /// Linear addresses and the sizes of their pages, `1 << shift` bytes.
+    pages: [(u64, u32); 16],
+    /// How many; more than there is room for stands for all mappings.
+    count: u32,
+}
+
+impl Dropped {
+    /// Adds all mappings.
+    pub fn all(&mut self) {
+        self.count = u32::MAX;
+    }
+
+    /// Adds the page of `1 << shift` bytes at `linear`.
+    pub fn page(&mut self, linear: u64, shift: u32) {
+        if let Some(page) = self.pages.get_mut(self.count as usize) {
+            *page = (linear, shift);
+        }
+        self.count = self.count.saturating_add(1);
+    }
+
+    /// True if there are any.
+    pub fn any(&self) -> bool {
+        self.count != 0
+    }
+
+    /// The pages, or `None` for all; and there are none any more.
+    pub fn take(&mut self) -> Option<&[(u64, u32)]> {
+        let count = std::mem::take(&mut self.count);
+        self.pages.get(..count as usize)
+    }
+}
+
+impl SoftTlb {
+    /// Empties it; entries of global mappings stay unless `global`.
+    pub fn flush(&mut self, global: bool) {
+        if global || self.global.iter().all(|&bits| bits == 0) {
+            self.read.copy_from_slice(&EMPTY_TLB);
+            self.write.copy_from_slice(&EMPTY_TLB);
+            self.global.fill(0);
+            return;
+        }
+        for (word, &bits) in self.global.iter().enumerate() {
+            if bits == u64::MAX {
+                continue;
+            }
+            let start = word * 64;
+            let reads = self.read.iter_mut().skip(start).take(64);
+            let writes = self.write.iter_mut().skip(start).take(64);
+            let empty = EMPTY_TLB.iter().skip(start);
+            for (i, ((read, write), &tag)) in reads.zip(writes).zip(empty).enumerate() {
+                if bits & (1 << i) == 0 {
+                    *read = tag;
+                    *write = tag;
+                }
+            }
+        }
+    }
+
+    /// Empties one entry.
+    pub fn drop_entry(&mut self, index: usize) {
+        if let (Some(read), Some(write), Some(&tag)) = (
+            self.read.get_mut(index),
+            self.write.get_mut(index),
+            EMPTY_TLB.get(index),
+        ) {
+            *read = tag;
+            *write = tag;
+        }
+    }
+
+    /// Empties what is held of the page of `1 << shift` bytes at `linear`.
+    pub fn drop_page(&mut self, linear: u64, shift: u32) {
+        if shift == 12 {
+            return self.drop_entry((linear >> 12) as usize % TLB_ENTRIES);
+        }
+        let tags = self.read.iter_mut().zip(&mut self.write).zip(&EMPTY_TLB);
+        for ((read, write), &empty) in tags {
+            if (read.wrapping_neg() ^ linear) >> shift == 0 {
+                (*read, *write) = (empty, empty);
+            }
+        }
+    }
+
+    /// Makes stores to every page take the slow path once more.
+    pub fn drop_writes(&mut self) {
+        self.write.copy_from_slice(&EMPTY_TLB);
+    }
+
+    /// Makes stores to the page at host address `host` take the slow path once more, so that a newly watched page is
+    /// seen.
+    pub fn drop_writes_to(&mut self, host: u64) {
+        for ((tag, &delta), &empty) in self.write.iter_mut().zip(&self.delta).zip(&EMPTY_TLB) {
+            if delta.wrapping_sub(*tag) == host {
+                *tag = empty;
+            }
+        }
+    }
+}
+
+impl JumpCache {
+    /// Empties the cache, unless all its entries come from global mappings and those stay.
+    pub fn flush(&mut self, global: bool) {
+        if global || self.local {
+            self.clear();
+        }
+    }
+
+    /// Empties the cache.
+    pub fn clear(&mut self) {
+        if self.room == 0 {
+            self.tag.copy_from_slice(&EMPTY_JUMP);
+        } else {
+            for &index in self.used.iter().take(JUMPS_LISTED - self.room) {
+                let index = usize::from(index);
+                if let (Some(tag), Some(&empty)) = (self.tag.get_mut(index), EMPTY_JUMP.get(index))
+                {
+                    *tag = empty;
+                }
+            }
+        }
+        self.room = JUMPS_LISTED;
+        self.pages = Residues::NONE;
+        self.local = false;
+        self.based = false;
+    }
+
+    /// Drops the entries that may depend on the mapping of the page of `1 << shift` bytes at `linear`: those whose code
+    /// begins in it, or in the 4 KiB before and may reach into it.
+    pub fn drop_page(&mut self, linear: u64, shift: u32) {
+        if shift == 12 && !self.pages.contains(linear >> 12) {
+            return;
+        }
+        if self.based {
+            return self.clear();
+        }
+        let first = (linear >> shift << shift).wrapping_sub(4096);
+        for (tag, &empty) in self.tag.iter_mut().zip(&EMPTY_JUMP) {
+            if tag.wrapping_neg().wrapping_sub(first) < (1 << shift) + 4096 {
+                *tag = empty;
+            }
+        }
+    }
+
+    /// Empties one entry.
+    pub fn drop_entry(&mut self, index: usize) {
+        if let (Some(tag), Some(&empty)) = (self.tag.get_mut(index), EMPTY_JUMP.get(index)) {
+            *tag = empty;
+        }
+    }
+
+    /// The host address remembered for `rip`.
+    pub fn get(&self, rip: u64) -> Option<u64> {
+        let index = jump_index(rip);
+        let hit = *self.tag.get(index)? == rip.wrapping_neg();
+        hit.then(|| self.target.get(index).copied()).flatten()
+    }
+
+    /// Remembers that `rip`, whose code starts at `linear` and may reach into the next page, is at host address
+    /// `target`.
+    pub fn set(&mut self, rip: u64, linear: u64, crosses: bool, global: bool, target: u64) {
+        let page = linear >> 12;
+        for page in page..=page + u64::from(crosses) {
+            self.pages.insert(page);
+        }
+        self.local |= !global;
+        self.based |= linear != rip;
+        let index = jump_index(rip);
+        let empty = EMPTY_JUMP.get(index);
+        if let (Some(tag), Some(to)) = (self.tag.get_mut(index), self.target.get_mut(index)) {
+            if Some(&*tag) == empty
+                && let Some(next) = self.used.get_mut(JUMPS_LISTED - self.room)
+            {
+                *next = index as u16;
+                self.room -= 1;
+            }
+            *tag = rip.wrapping_neg();
+            *to = target;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_address_hits_an_empty_entry() {
+        for (index, tag) in EMPTY_JUMP.iter().enumerate() {
+            assert_ne!(jump_index(tag.wrapping_neg()), index);
+        }
+        for (index, tag) in EMPTY_TLB.iter().enumerate() {
+            assert_ne!((tag.wrapping_neg() >> 12) as usize % TLB_ENTRIES, index);
+        }
+    }
+}
