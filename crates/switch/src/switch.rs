@@ -1,0 +1,615 @@
+//! The switch: ports, and the way of a frame from one to others.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::counters::{DropReason, PortCounters};
+use crate::frame::{Frame, MAX_FRAME};
+use crate::packet::{self, Mac};
+use crate::pool::Pool;
+use crate::port::{Capabilities, Port};
+use crate::queue::{CLASSES, QueueConfig, QueueCounters, Queues, class_of};
+use crate::rate::{Bucket, Limit, Rate};
+use crate::segment::Segments;
+use crate::table::MacTable;
+use crate::time::Time;
+use crate::vlan::{Vid, VlanMode};
+
+/// How often learned addresses are aged.
+const AGE_EVERY: Duration = Duration::from_secs(5);
+
+/// A port of a switch. The number of a removed port is used again.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortId(u32);
+
+impl PortId {
+    pub(crate) fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    /// Its number, from 0.
+    pub fn number(self) -> u32 {
+        self.0
+    }
+}
+
+/// What a switch is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SwitchConfig {
+    /// Ports at most.
+    pub ports_max: usize,
+    /// Learned addresses at most.
+    pub addresses_max: usize,
+    /// How long an address that is not seen stays known.
+    pub ageing: Duration,
+    /// Small buffers that are kept to be used again.
+    pub pool: usize,
+}
+
+impl Default for SwitchConfig {
+    fn default() -> SwitchConfig {
+        SwitchConfig {
+            ports_max: 1024,
+            addresses_max: 16_384,
+            ageing: Duration::from_secs(300),
+            pool: 4096,
+        }
+    }
+}
+
+/// What a port is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortConfig {
+    /// Its name in statistics and captures.
+    pub name: String,
+    /// What its receiver takes without help.
+    pub capabilities: Capabilities,
+    /// Longest payload of an Ethernet frame that leaves here, bytes, once segmented.
+    pub mtu: u16,
+    /// Its VLANs.
+    pub vlan: VlanMode,
+    /// Priority of frames that say none, 0 to 7.
+    pub priority: u8,
+    /// An isolated port exchanges frames with ports that are not isolated only.
+    pub isolated: bool,
+    /// What it may send. Its owner should ask [`Switch::may_receive`] and wait; what comes too early is dropped.
+    pub ingress: Limit,
+    /// What it gets. The rest waits in its queues.
+    pub egress: Limit,
+    /// Frames per second to many or unknown receivers that it may send.
+    pub flood: Option<Rate>,
+    /// Its egress queues.
+    pub queues: QueueConfig,
+}
+
+impl Default for PortConfig {
+    /// An untagged port of VLAN 1 with an MTU of 1500 and no limits.
+    fn default() -> PortConfig {
+        PortConfig {
+            name: String::new(),
+            capabilities: Capabilities::default(),
+            mtu: 1500,
+            vlan: VlanMode::default(),
+            priority: 0,
+            isolated: false,
+            ingress: Limit::default(),
+            egress: Limit::default(),
+            flood: None,
+            queues: QueueConfig::default(),
+        }
+    }
+}
+
+/// Why a port cannot be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SwitchError {
+    /// The switch has all the ports that it may have.
+    #[error("the switch has {0} ports already and takes no more")]
+    TooManyPorts(usize),
+    /// There is no such port.
+    #[error("the switch has no port {0}")]
+    NoSuchPort(u32),
+}
+
+#[derive(Debug)]
+struct PortState {
+    config: PortConfig,
+    counters: PortCounters,
+    queues: Queues,
+    ingress: Bucket,
+    egress: Bucket,
+    flood: Option<Bucket>,
+    /// A frame that its receiver gave back.
+    returned: Option<Frame>,
+    /// A frame under way in pieces.
+    segments: Option<Segments>,
+    /// The egress limit holds frames until then.
+    held: Option<Time>,
+    /// It is in the list of ports with something to take.
+    listed: bool,
+}
+
+impl PortState {
+    fn new(config: PortConfig, now: Time) -> PortState {
+        PortState {
+            counters: PortCounters::default(),
+            queues: Queues::new(config.queues),
+            ingress: Bucket::new(config.ingress, now),
+            egress: Bucket::new(config.egress, now),
+            flood: flood(&config, now),
+            returned: None,
+            segments: None,
+            held: None,
+            listed: false,
+            config,
+        }
+    }
+}
+
+fn flood(config: &PortConfig, now: Time) -> Option<Bucket> {
+    let limit = Limit {
+        packets: Some(config.flood?),
+        bytes: None,
+    };
+    Some(Bucket::new(limit, now))
+}
+
+/// A frame on its way between ports.
+#[derive(Copy, Clone, Debug)]
+struct Way {
+    from: PortId,
+    vid: Vid,
+    pcp: u8,
+}
+
+/// A layer-2 switch. See the crate's first page.
+#[derive(Debug)]
+pub struct Switch {
+    config: SwitchConfig,
+    ports: Vec<Option<Box<PortState>>>,
+    table: MacTable,
+    pool: Pool,
+    ready: VecDeque<PortId>,
+    age_at: Time,
+}
+
+impl Switch {
+    /// A switch without ports.
+    pub fn new(config: SwitchConfig, now: Time) -> Switch {
+        Switch {
+            ports: Vec::new(),
+            table: MacTable::new(config.addresses_max, config.ageing),
+            pool: Pool::new(config.pool),
+            ready: VecDeque::new(),
+            age_at: now.after(AGE_EVERY),
+            config,
+        }
+    }
+
+    /// Adds a port.
+    ///
+    /// # Errors
+    /// There are as many as there may be.
+    pub fn add_port(&mut self, config: PortConfig, now: Time) -> Result<PortId, SwitchError> {
+        let free = self.ports.iter().position(Option::is_none);
+        let index = free.unwrap_or(self.ports.len());
+        let id = u32::try_from(index)
+            .ok()
+            .filter(|_| index < self.config.ports_max);
+        let id = id.ok_or(SwitchError::TooManyPorts(index))?;
+        let state = Some(Box::new(PortState::new(config, now)));
+        match self.ports.get_mut(index) {
+            Some(slot) => *slot = state,
+            None => self.ports.push(state),
+        }
+        Ok(PortId(id))
+    }
+
+    /// Changes a port while it is in use. Learned addresses, queues and counters stay; limits begin anew.
+    ///
+    /// # Errors
+    /// There is no such port.
+    pub fn configure_port(
+        &mut self,
+        port: PortId,
+        config: PortConfig,
+        now: Time,
+    ) -> Result<(), SwitchError> {
+        let moved = {
+            let state = self.state(port).ok_or(SwitchError::NoSuchPort(port.0))?;
+            state.queues.configure(config.queues);
+            state.ingress = Bucket::new(config.ingress, now);
+            state.egress = Bucket::new(config.egress, now);
+            state.flood = flood(&config, now);
+            state.held = None;
+            let moved = state.config.vlan != config.vlan;
+            state.config = config;
+            moved
+        };
+        if moved {
+            self.table.forget(port);
+        }
+        self.list(port);
+        Ok(())
+    }
+
+    /// Removes a port and everything that it has waiting anywhere.
+    pub fn remove_port(&mut self, port: PortId) {
+        if let Some(slot) = self.ports.get_mut(port.index()) {
+            *slot = None;
+        }
+        self.table.forget(port);
+        self.ready.retain(|&other| other != port);
+        for state in self.ports.iter_mut().flatten() {
+            state.queues.forget(port.index());
+        }
+    }
+
+    fn state(&mut self, port: PortId) -> Option<&mut PortState> {
+        self.ports.get_mut(port.index())?.as_deref_mut()
+    }
+
+    /// What a port is configured to be.
+    pub fn port(&self, port: PortId) -> Option<&PortConfig> {
+        Some(&self.ports.get(port.index())?.as_ref()?.config)
+    }
+
+    /// Every port.
+    pub fn ports(&self) -> impl Iterator<Item = (PortId, &PortConfig)> {
+        let ports = self.ports.iter().enumerate();
+        ports.filter_map(|(index, state)| Some((PortId(index as u32), &state.as_ref()?.config)))
+    }
+
+    /// What a port has done.
+    pub fn counters(&self, port: PortId) -> Option<&PortCounters> {
+        Some(&self.ports.get(port.index())?.as_ref()?.counters)
+    }
+
+    /// What the classes of a port's egress have done.
+    pub fn queue_counters(&self, port: PortId) -> Option<[QueueCounters; CLASSES]> {
+        Some(self.ports.get(port.index())?.as_ref()?.queues.counters())
+    }
+
+    /// The learned addresses.
+    pub fn addresses(&self) -> &MacTable {
+        &self.table
+    }
+
+    /// The store of buffers, for whoever makes or ends frames on this thread.
+    pub fn pool(&mut self) -> &mut Pool {
+        &mut self.pool
+    }
+
+    /// When the next frame of this port may come: `now` if at once.
+    pub fn may_receive(&mut self, port: PortId, now: Time) -> Time {
+        self.state(port)
+            .map_or(now, |state| state.ingress.ready(now))
+    }
+
+    /// Takes a frame that `port` sends and puts it, or copies of it, into the queues of its receivers.
+    pub fn receive(&mut self, port: PortId, frame: Frame, now: Time) {
+        let Some(state) = self.state(port) else {
+            self.pool.put(frame);
+            return;
+        };
+        state.counters.received.add(frame.len());
+        if let Err((frame, reason)) = self.forward(port, frame, now) {
+            if let Some(state) = self.state(port) {
+                state.counters.drop(reason, 1);
+            }
+            self.pool.put(frame);
+        }
+    }
+
+    /// The whole way; a frame that is refused comes back with the reason.
+    fn forward(
+        &mut self,
+        port: PortId,
+        mut frame: Frame,
+        now: Time,
+    ) -> Result<(), (Frame, DropReason)> {
+        let (way, destination) = match self.admit(port, &mut frame, now) {
+            Ok(admitted) => admitted,
+            Err(reason) => return Err((frame, reason)),
+        };
+        if !destination.is_multicast()
+            && let Some(to) = self.table.find(way.vid, destination, now)
+        {
+            if !self.reaches(way, to) {
+                return Err((frame, DropReason::NoReceiver));
+            }
+            self.enqueue(way, to, frame, now);
+            return Ok(());
+        }
+        self.flood(way, frame, now)
+    }
+
+    /// Ingress checks: what the frame is, whether this port may send it, and where it is from.
+    fn admit(
+        &mut self,
+        port: PortId,
+        frame: &mut Frame,
+        now: Time,
+    ) -> Result<(Way, Mac), DropReason> {
+        let len = frame.len();
+        let bytes = frame.bytes();
+        let (Some(destination), Some(source)) = (packet::destination(bytes), packet::source(bytes))
+        else {
+            return Err(DropReason::Malformed);
+        };
+        if !(packet::ETHERNET_HEADER..=MAX_FRAME).contains(&len) {
+            return Err(DropReason::Malformed);
+        }
+        if !offload_fits(frame) {
+            return Err(DropReason::BadOffload);
+        }
+        if source.is_multicast() || source.0 == [0; 6] {
+            return Err(DropReason::BadSource);
+        }
+        if matches!(destination.0, [0x01, 0x80, 0xc2, 0, 0, 0..=0x0f]) {
+            return Err(DropReason::Reserved);
+        }
+        let tag = packet::tag(frame.bytes());
+        let state = self.state(port).ok_or(DropReason::PortDown)?;
+        let classified = state.config.vlan.classify(tag).ok_or(DropReason::Vlan)?;
+        if !state.ingress.pass(len as u64, packets(frame), now) {
+            return Err(DropReason::RateLimit);
+        }
+        let way = Way {
+            from: port,
+            vid: classified.vid,
+            pcp: classified.pcp.unwrap_or(state.config.priority & 7),
+        };
+        if classified.strip {
+            frame.pop_tag();
+            if frame.len() < packet::ETHERNET_HEADER {
+                return Err(DropReason::Malformed);
+            }
+        }
+        if !self.table.learn(way.vid, source, port, now)
+            && let Some(state) = self.state(port)
+        {
+            state.counters.not_learned += 1;
+        }
+        Ok((way, destination))
+    }
+
+    /// Whether a frame on this way may leave through `to`.
+    fn reaches(&self, way: Way, to: PortId) -> bool {
+        let state = |port: PortId| self.ports.get(port.index())?.as_deref();
+        let (Some(from_state), Some(to_state)) = (state(way.from), state(to)) else {
+            return false;
+        };
+        to != way.from
+            && to_state.config.vlan.carries(way.vid)
+            && !(from_state.config.isolated && to_state.config.isolated)
+    }
+
+    /// To every port that the frame's VLAN reaches.
+    fn flood(&mut self, way: Way, frame: Frame, now: Time) -> Result<(), (Frame, DropReason)> {
+        if let Some(state) = self.state(way.from) {
+            let bucket = state.flood.as_mut();
+            if bucket.is_some_and(|bucket| !bucket.pass(0, 1, now)) {
+                return Err((frame, DropReason::FloodLimit));
+            }
+        }
+        let mut last = None;
+        let mut receivers = 0u64;
+        for index in 0..self.ports.len() {
+            let to = PortId(index as u32);
+            if !self.reaches(way, to) {
+                continue;
+            }
+            receivers += 1;
+            if let Some(to) = last.replace(to) {
+                let copy = self.pool.duplicate(&frame);
+                self.enqueue(way, to, copy, now);
+            }
+        }
+        let Some(to) = last else {
+            return Err((frame, DropReason::NoReceiver));
+        };
+        if receivers > 1
+            && let Some(state) = self.state(way.from)
+        {
+            state.counters.flooded += 1;
+        }
+        self.enqueue(way, to, frame, now);
+        Ok(())
+    }
+
+    /// Into the queue of a port.
+    fn enqueue(&mut self, way: Way, to: PortId, mut frame: Frame, _now: Time) {
+        let Some(state) = self
+            .ports
+            .get_mut(to.index())
+            .and_then(Option::as_deref_mut)
+        else {
+            self.pool.put(frame);
+            return;
+        };
+        let payload = frame.len().saturating_sub(packet::ETHERNET_HEADER);
+        if frame.offload.segmentation.is_none()
+            && payload > usize::from(state.config.mtu).saturating_add(4)
+        {
+            state.counters.drop(DropReason::TooBig, 1);
+            self.pool.put(frame);
+            return;
+        }
+        if let Some(control) = state.config.vlan.egress_tag(way.vid, way.pcp) {
+            frame.push_tag(packet::ethertype::VLAN, control);
+        }
+        let pool = &mut self.pool;
+        let dropped = state
+            .queues
+            .push(way.from.index(), class_of(way.pcp), frame, |frame| {
+                pool.put(frame)
+            });
+        state.counters.drop(DropReason::QueueFull, dropped as u64);
+        if state.held.is_none() {
+            self.list(to);
+        }
+    }
+
+    /// Notes that a port has something to take.
+    fn list(&mut self, port: PortId) {
+        if let Some(state) = self.state(port)
+            && !state.listed
+        {
+            state.listed = true;
+            self.ready.push_back(port);
+        }
+    }
+
+    /// A port that has something to take, each once: take until there is no more.
+    pub fn next_ready(&mut self) -> Option<PortId> {
+        let port = self.ready.pop_front()?;
+        if let Some(state) = self.state(port) {
+            state.listed = false;
+        }
+        Some(port)
+    }
+
+    /// The next frame for `port`, with nothing left to do that its receiver does not take.
+    pub fn take(&mut self, port: PortId, now: Time) -> Option<Frame> {
+        let frame = self.take_next(port, now)?;
+        if let Some(state) = self.state(port) {
+            state.counters.sent.add(frame.len());
+        }
+        Some(frame)
+    }
+
+    fn take_next(&mut self, port: PortId, now: Time) -> Option<Frame> {
+        let state = self.ports.get_mut(port.index())?.as_deref_mut()?;
+        if let Some(frame) = state.returned.take() {
+            return Some(frame);
+        }
+        loop {
+            if let Some(segments) = &mut state.segments {
+                if let Some(segment) = segments.next(&mut self.pool) {
+                    return Some(segment);
+                }
+                if let Some(segments) = state.segments.take() {
+                    self.pool.put(segments.into_frame());
+                }
+            }
+            if state.queues.is_empty() {
+                return None;
+            }
+            let ready = state.egress.ready(now);
+            if ready > now {
+                state.held = Some(ready);
+                return None;
+            }
+            state.held = None;
+            let mut frame = state.queues.pop()?;
+            state.egress.charge(frame.len() as u64, packets(&frame));
+            let capabilities = state.config.capabilities;
+            if capabilities.takes(&frame.offload) {
+                return Some(frame);
+            }
+            if frame.offload.segmentation.is_none() {
+                if frame.finish_checksum() {
+                    return Some(frame);
+                }
+                state.counters.drop(DropReason::BadOffload, 1);
+                self.pool.put(frame);
+                continue;
+            }
+            match frame.segments() {
+                Ok(segments) => state.segments = Some(segments),
+                Err(_) => state.counters.drop(DropReason::BadOffload, 1),
+            }
+        }
+    }
+
+    /// Puts back a frame that `take` gave and that the receiver has no room for: it is the next one.
+    pub fn put_back(&mut self, port: PortId, frame: Frame) {
+        if let Some(state) = self.state(port) {
+            let sent = &mut state.counters.sent;
+            sent.frames = sent.frames.saturating_sub(1);
+            sent.bytes = sent.bytes.saturating_sub(frame.len() as u64);
+            state.returned = Some(frame);
+        }
+    }
+
+    /// When `tick` has something to do.
+    pub fn next_deadline(&self) -> Time {
+        let held = self.ports.iter().flatten().filter_map(|state| state.held);
+        held.fold(self.age_at, Time::min)
+    }
+
+    /// Does what time asks for: ages addresses, and lists ports whose limit lets frames go again.
+    pub fn tick(&mut self, now: Time) {
+        if now >= self.age_at {
+            self.table.age(now);
+            self.age_at = now.after(AGE_EVERY);
+        }
+        for index in 0..self.ports.len() {
+            let port = PortId(index as u32);
+            if let Some(state) = self.state(port)
+                && state.held.is_some_and(|until| until <= now)
+            {
+                state.held = None;
+                self.list(port);
+            }
+        }
+    }
+}
+
+/// Packets that a frame stands for.
+fn packets(frame: &Frame) -> u64 {
+    match frame.offload.segmentation {
+        Some(how) if how.size > 0 => (frame.len() as u64).div_ceil(u64::from(how.size)),
+        _ => 1,
+    }
+}
+
+/// Whether the positions that an offload names lie in the frame.
+fn offload_fits(frame: &Frame) -> bool {
+    let missing = frame.offload.needs_checksum.is_none_or(|missing| {
+        let field = usize::from(missing.start).saturating_add(usize::from(missing.offset));
+        usize::from(missing.start) >= packet::ETHERNET_HEADER
+            && field.saturating_add(2) <= frame.len()
+    });
+    // A segmented frame has no checksum that could be right.
+    let segmented = frame.offload.segmentation.is_none() || frame.offload.needs_checksum.is_some();
+    missing && segmented
+}
+
+/// One round between a switch and what hangs on its ports: takes up to `batch` frames of each port into the switch, then
+/// delivers what is ready. True if there is more to do at once.
+pub fn carry(
+    switch: &mut Switch,
+    ports: &mut [(PortId, &mut dyn Port)],
+    batch: usize,
+    now: Time,
+) -> bool {
+    let mut more = false;
+    for (id, port) in ports.iter_mut() {
+        let mut left = batch;
+        while left > 0 && switch.may_receive(*id, now) <= now {
+            let Some(frame) = port.poll(now, switch.pool()) else {
+                break;
+            };
+            switch.receive(*id, frame, now);
+            left -= 1;
+        }
+        more |= left == 0;
+    }
+    for (id, port) in ports.iter_mut() {
+        for _ in 0..batch.saturating_mul(2) {
+            let Some(frame) = switch.take(*id, now) else {
+                break;
+            };
+            if let Err(frame) = port.deliver(frame, now, switch.pool()) {
+                switch.put_back(*id, frame);
+                break;
+            }
+        }
+    }
+    more
+}
+
+#[cfg(test)]
+mod tests;
