@@ -53,6 +53,11 @@ const TARGETS: &[Target] = &[
         seeds: virtio::seeds,
     },
     Target {
+        name: "virtio-net",
+        run: virtio::net,
+        seeds: virtio::seeds,
+    },
+    Target {
         name: "virtio-rng",
         run: virtio::rng,
         seeds: virtio::seeds,

@@ -19,6 +19,8 @@ pub const F_VERSION_1: u64 = 1 << 32;
 #[repr(u16)]
 #[non_exhaustive]
 pub enum DeviceKind {
+    /// Network card (5.1).
+    Network = 1,
     /// Block device (5.2).
     Block = 2,
     /// Console (5.3).
@@ -146,6 +148,22 @@ impl<'a> Io<'a> {
             .and_then(QueueSlot::ring)
         {
             Some(ring) => ring.push(self.memory, chain, written),
+            None => Ok(()),
+        }
+    }
+
+    /// Hands several chains of one queue back at once, each with the bytes filled in: the driver sees all or none.
+    pub fn complete_all(
+        &mut self,
+        queue: u16,
+        chains: Vec<(Chain, u32)>,
+    ) -> Result<(), QueueError> {
+        match self
+            .slots
+            .get_mut(usize::from(queue))
+            .and_then(QueueSlot::ring)
+        {
+            Some(ring) => ring.push_all(self.memory, chains),
             None => Ok(()),
         }
     }

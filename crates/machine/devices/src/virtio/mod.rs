@@ -6,7 +6,7 @@
 //!   VirtioPci    registers in BAR 0, capabilities, MSI-X       pci.rs
 //!   Core         status, features, queues, one lock            core.rs
 //!   Queue        the split ring;  Chain: one request           queue.rs, chain.rs
-//!   VirtioDevice what the requests mean                        device.rs; blk, console, rng, vsock
+//!   VirtioDevice what the requests mean                        device.rs; blk, console, net, rng, vsock
 //! ```
 //!
 //! A doorbell is handled on the thread that rings it, which is a virtual CPU's. Devices whose host
@@ -18,6 +18,7 @@ mod console;
 mod core;
 mod device;
 mod host;
+mod net;
 mod pci;
 mod queue;
 mod rng;
@@ -33,6 +34,10 @@ pub use chain::{Buffer, Chain, Reader, Writer};
 pub use console::{Console, ConsoleInput, ConsoleSize};
 pub use core::HostHandle;
 pub use device::{DeviceKind, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Io, VirtioDevice};
+pub use net::{
+    Exchange, Gso, MTU_MAX, MTU_MIN, Net, NetCounters, NetFrame, NetHost, NetOffloads, NetOptions,
+    Offload, PAIRS_MAX,
+};
 pub use pci::VirtioPci;
 pub use queue::QueueError;
 pub use rng::Rng;

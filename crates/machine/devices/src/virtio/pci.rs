@@ -233,6 +233,7 @@ impl VirtioPci {
 
 fn class(kind: DeviceKind) -> u32 {
     match kind {
+        DeviceKind::Network => 0x02_00_00,
         DeviceKind::Block => 0x01_80_00,
         DeviceKind::Console | DeviceKind::Socket => 0x07_80_00,
         DeviceKind::Entropy => 0xff_00_00,

@@ -200,12 +200,23 @@ impl Queue {
         chain: Chain,
         written: u32,
     ) -> Result<(), QueueError> {
-        self.taken = self.taken.saturating_sub(1);
-        let slot = u64::from(self.next_used % self.layout.size);
-        // An element is { le32 id; le32 len; } (2.7.8).
-        let element = u64::from(written) << 32 | u64::from(chain.head);
-        memory.write(Gpa(self.layout.used + 4 + slot * 8), &element.to_le_bytes())?;
-        self.next_used = self.next_used.wrapping_add(1);
+        self.push_all(memory, [(chain, written)])
+    }
+
+    /// Hands chains back, each with the bytes filled in. The driver sees them all at once.
+    pub fn push_all(
+        &mut self,
+        memory: &GuestMemory,
+        chains: impl IntoIterator<Item = (Chain, u32)>,
+    ) -> Result<(), QueueError> {
+        for (chain, written) in chains {
+            self.taken = self.taken.saturating_sub(1);
+            let slot = u64::from(self.next_used % self.layout.size);
+            // An element is { le32 id; le32 len; } (2.7.8).
+            let element = u64::from(written) << 32 | u64::from(chain.head);
+            memory.write(Gpa(self.layout.used + 4 + slot * 8), &element.to_le_bytes())?;
+            self.next_used = self.next_used.wrapping_add(1);
+        }
         memory.store_release_u16(Gpa(self.layout.used + 2), self.next_used)?;
         Ok(())
     }

@@ -1,0 +1,187 @@
+//! The host's end of a network card: a thread exchanges frames through it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use rustix::event::{EventfdFlags, eventfd};
+use serde::{Deserialize, Serialize};
+
+use super::offload::NetFrame;
+use crate::virtio::core::HostHandle;
+
+/// What the guest does itself with frames that it gets.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NetOffloads {
+    /// It takes frames whose checksum is not complete.
+    pub checksum: bool,
+    /// It takes TCP over IPv4 in pieces larger than a segment.
+    pub tcp4: bool,
+    /// It takes TCP over IPv6 in pieces larger than a segment.
+    pub tcp6: bool,
+    /// It takes several UDP datagrams of one size in one piece.
+    pub udp: bool,
+}
+
+/// What a network card has done since the machine was built.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct NetCounters {
+    /// Frames that the guest sent.
+    pub frames_from_guest: u64,
+    /// Bytes in them.
+    pub bytes_from_guest: u64,
+    /// Frames of the guest that were dropped, because they or their headers are malformed.
+    pub malformed_from_guest: u64,
+    /// Frames that the guest got.
+    pub frames_to_guest: u64,
+    /// Bytes in them.
+    pub bytes_to_guest: u64,
+    /// Frames that its filters refused.
+    pub filtered_to_guest: u64,
+    /// Frames that need an offload that the guest has not, or fit into no buffer.
+    pub misfit_to_guest: u64,
+}
+
+/// What device and host share.
+pub(super) struct Shared {
+    doorbell: OwnedFd,
+    lanes: Mutex<Lanes>,
+    host: OnceLock<HostHandle>,
+}
+
+/// Frames under way and what each side says to the other. The device takes this lock while it has its own.
+#[derive(Default)]
+pub(super) struct Lanes {
+    pub(super) to_host: Vec<NetFrame>,
+    pub(super) to_guest: VecDeque<NetFrame>,
+    pub(super) offloads: NetOffloads,
+    pub(super) link_up: bool,
+    /// The guest is to make itself known.
+    pub(super) announce: bool,
+    /// The host's thread waits for the frames that the device moves now.
+    pub(super) attended: bool,
+    /// The last round ended before the queues did.
+    pub(super) more: bool,
+    pub(super) closed: bool,
+    pub(super) counters: NetCounters,
+}
+
+impl Shared {
+    pub(super) fn new() -> io::Result<Shared> {
+        let lanes = Lanes {
+            link_up: true,
+            ..Lanes::default()
+        };
+        Ok(Shared {
+            doorbell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            lanes: Mutex::new(lanes),
+            host: OnceLock::new(),
+        })
+    }
+
+    pub(super) fn attach(&self, host: HostHandle) {
+        // A device is attached once; a second handle would be to the same device.
+        let _ = self.host.set(host);
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Lanes> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes the host's thread.
+    pub(super) fn ring(&self) {
+        // A counter at its limit has woken it already.
+        let _ = rustix::io::write(&self.doorbell, &1_u64.to_ne_bytes());
+    }
+}
+
+/// The host's end of a network card. Clones share it.
+#[derive(Clone)]
+pub struct NetHost(Arc<Shared>);
+
+impl NetHost {
+    pub(super) fn new(shared: Arc<Shared>) -> NetHost {
+        NetHost(shared)
+    }
+
+    /// Readable when the guest has frames, or buffers for frames.
+    pub fn doorbell(&self) -> BorrowedFd<'_> {
+        self.0.doorbell.as_fd()
+    }
+
+    /// Makes the doorbell silent; to be called before [`exchange`](Self::exchange), not after it.
+    pub fn hush(&self) {
+        let mut count = [0; 8];
+        // It may be silent already.
+        let _ = rustix::io::read(&self.0.doorbell, &mut count);
+    }
+
+    /// Moves frames both ways, once. What the guest has no buffers for stays in `to_guest`. After [`Exchange::More`]
+    /// there is work left although nobody will ring.
+    pub fn exchange(
+        &self,
+        to_guest: &mut VecDeque<NetFrame>,
+        to_host: &mut Vec<NetFrame>,
+    ) -> Exchange {
+        let Some(host) = self.0.host.get() else {
+            return Exchange::Done;
+        };
+        let mut lanes = self.0.lock();
+        std::mem::swap(&mut lanes.to_guest, to_guest);
+        std::mem::swap(&mut lanes.to_host, to_host);
+        (lanes.attended, lanes.more) = (true, false);
+        drop(lanes);
+        // The device's lock comes before that of the lanes.
+        let alive = host.notify();
+        let mut lanes = self.0.lock();
+        lanes.attended = false;
+        std::mem::swap(&mut lanes.to_guest, to_guest);
+        std::mem::swap(&mut lanes.to_host, to_host);
+        match (alive && !lanes.closed, lanes.more) {
+            (false, _) => Exchange::Closed,
+            (true, true) => Exchange::More,
+            (true, false) => Exchange::Done,
+        }
+    }
+
+    /// What the guest does itself with frames that it gets.
+    pub fn offloads(&self) -> NetOffloads {
+        self.0.lock().offloads
+    }
+
+    /// What the card has done.
+    pub fn counters(&self) -> NetCounters {
+        self.0.lock().counters
+    }
+
+    /// Plugs the cable in or out, as the guest sees it.
+    pub fn set_link(&self, up: bool) {
+        self.0.lock().link_up = up;
+        self.tell();
+    }
+
+    /// Has the guest make its addresses known to its neighbours.
+    pub fn announce(&self) {
+        self.0.lock().announce = true;
+        self.tell();
+    }
+
+    fn tell(&self) {
+        if let Some(host) = self.0.host.get() {
+            host.notify();
+        }
+    }
+}
+
+/// How an exchange of frames ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exchange {
+    /// All was moved that can be.
+    Done,
+    /// It is to be called again soon.
+    More,
+    /// The machine is at its end.
+    Closed,
+}
