@@ -228,9 +228,18 @@ impl SoftTlb {
     /// Makes stores to the page at host address `host` take the slow path once more, so that a newly watched page is
     /// seen.
     pub fn drop_writes_to(&mut self, host: u64) {
-        for ((tag, &delta), &empty) in self.write.iter_mut().zip(&self.delta).zip(&EMPTY_TLB) {
-            if delta.wrapping_sub(*tag) == host {
-                *tag = empty;
+        // Some entries at a time, without a branch for each: this runs whenever a page begins to hold code.
+        const TOGETHER: usize = 16;
+        let tags = self.write.chunks_exact_mut(TOGETHER);
+        let rest = self.delta.chunks_exact(TOGETHER);
+        for ((tags, deltas), empty) in tags.zip(rest).zip(EMPTY_TLB.chunks_exact(TOGETHER)) {
+            let is = |(tag, delta): (&u64, &u64)| delta.wrapping_sub(*tag) == host;
+            if tags.iter().zip(deltas).fold(false, |any, of| any | is(of)) {
+                for ((tag, delta), &empty) in tags.iter_mut().zip(deltas).zip(empty) {
+                    if is((tag, delta)) {
+                        *tag = empty;
+                    }
+                }
             }
         }
     }

@@ -169,8 +169,6 @@ pub struct Block {
     pub second_page: Option<u64>,
     /// Cache offset of its entry.
     pub entry: u32,
-    /// First link and number of links of this block.
-    links: (u32, u32),
     incoming: Vec<u32>,
     dead: bool,
 }
@@ -203,6 +201,8 @@ pub struct CodeMap {
     keys: AddressMap<Key, u32>,
     pages: AddressMap<u64, CodePage>,
     links: Vec<Link>,
+    /// The block that each link belongs to.
+    link_owners: Vec<u32>,
     mem_sites: Vec<MemSite>,
     interpret_sites: Vec<InterpretSite>,
     branch_sites: Vec<BranchSite>,
@@ -271,6 +271,7 @@ impl CodeMap {
             keys: AddressMap::default(),
             pages: AddressMap::default(),
             links: Vec::new(),
+            link_owners: Vec::new(),
             mem_sites: Vec::new(),
             interpret_sites: Vec::new(),
             branch_sites: Vec::new(),
@@ -345,6 +346,7 @@ impl CodeMap {
         self.keys.clear();
         self.pages.clear();
         self.links.clear();
+        self.link_owners.clear();
         self.mem_sites.clear();
         self.interpret_sites.clear();
         self.branch_sites.clear();
@@ -436,7 +438,8 @@ impl CodeMap {
         points: &[FaultPoint],
     ) -> Result<u32, EngineError> {
         let entry = self.append(code)?;
-        let own_links = (self.links.len() as u32, links.len() as u32);
+        let id = self.blocks.len() as u32;
+        self.link_owners.extend(links.iter().map(|_| id));
         for link in links {
             self.links.push(Link {
                 patch: link.patch + entry,
@@ -448,13 +451,11 @@ impl CodeMap {
             offset: p.offset + entry,
             ..*p
         }));
-        let id = self.blocks.len() as u32;
         self.blocks.push(Block {
             key,
             len,
             second_page,
             entry,
-            links: own_links,
             incoming: Vec::new(),
             dead: false,
         });
@@ -489,12 +490,8 @@ impl CodeMap {
 
     /// True if the block that link `id` belongs to was dropped.
     pub fn is_dead_link(&self, id: u32) -> bool {
-        let next = self.blocks.partition_point(|block| block.links.0 <= id);
-        let owner = self
-            .blocks
-            .get(..next)
-            .and_then(|b| b.iter().rev().find(|b| id < b.links.0 + b.links.1));
-        owner.is_none_or(|block| block.dead)
+        let owner = self.link_owners.get(id as usize);
+        owner.is_none_or(|&owner| self.is_dead(owner))
     }
 
     /// Points link `id` at block `target`.

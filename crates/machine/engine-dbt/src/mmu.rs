@@ -180,7 +180,7 @@ impl Exec<'_> {
     }
 
     /// Before a store to RAM, to `len` bytes of one page.
-    fn announce(&self, gpa: u64, len: u64) -> Option<Announced> {
+    pub fn announce(&self, gpa: u64, len: u64) -> Option<Announced> {
         let env = &self.env;
         let watched = env
             .slots
@@ -190,7 +190,7 @@ impl Exec<'_> {
     }
 
     /// After the store: the dirty log and whoever translated from there hear of it.
-    fn written(&mut self, gpa: u64, len: u64, announced: Option<Announced>) {
+    pub fn written(&mut self, gpa: u64, len: u64, announced: Option<Announced>) {
         self.env.memory.mark_dirty(Gpa(gpa), len);
         if let Some(announced) = announced
             && self.env.peers.stored(self.env.me.id(), announced)
@@ -723,6 +723,22 @@ impl Exec<'_> {
         }
         self.fill(linear, to, user);
         Ok(Some((host, left)))
+    }
+
+    /// Host and guest-physical address of `linear`, if it is writable RAM, watched or logged: who stores there, within
+    /// the page, announces it before and tells of it after.
+    pub fn watched_window(&mut self, linear: u64) -> Result<Option<(*mut u8, u64)>, Fault> {
+        if self.cpu.watching() {
+            return Ok(None);
+        }
+        let user = self.cpu.cpl() == 3;
+        let to = self.translate(linear, Access::Write, user)?;
+        let slot = self.env.slots.find(Gpa(to.gpa));
+        if slot.is_none_or(|slot| slot.kind() != SlotKind::Ram) {
+            return Ok(None);
+        }
+        let left = 4096 - (linear & 0xfff) as usize;
+        Ok(self.ram(to.gpa, left).map(|host| (host, to.gpa)))
     }
 
     /// The alignment that user code may ask for.

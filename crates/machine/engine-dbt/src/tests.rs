@@ -243,6 +243,46 @@ fn a_program_may_rewrite_itself() {
 }
 
 #[test]
+fn string_instructions_may_rewrite_code() {
+    for down in [false, true] {
+        let program = assemble(|a| {
+            // A function `mov eax, imm; ret` at 0x20000, called, then overwritten as one of several elements by
+            // STOS (0xc3 alone: EAX stays) and by MOVS (from 0x30000), called after each.
+            a.mov(rbx, 0x2_0000u64)?;
+            for (at, byte) in [(0, 0xb8), (1, 7), (2, 0), (3, 0), (4, 0), (5, 0xc3)] {
+                a.mov(byte_ptr(rbx + at), byte)?;
+                a.mov(
+                    byte_ptr(rbx + 0x1_0000 + at),
+                    if at == 1 { 9 } else { byte },
+                )?;
+            }
+            a.call(rbx)?;
+            a.mov(r12d, eax)?;
+            if down {
+                a.std()?;
+            }
+            let start = if down { 39 } else { -16 };
+            a.mov(eax, 0xc3)?;
+            a.lea(rdi, ptr(rbx + start))?;
+            a.mov(ecx, 56)?;
+            a.rep().stosb()?;
+            a.call(rbx)?;
+            a.mov(r13d, eax)?;
+            a.lea(rdi, ptr(rbx + start))?;
+            a.lea(rsi, ptr(rbx + start + 0x1_0000))?;
+            a.mov(ecx, 56)?;
+            a.rep().movsb()?;
+            a.call(rbx)?;
+            a.mov(r14d, eax)?;
+            a.cld()
+        });
+        both(&program, |m| {
+            assert_eq!((m.gpr(12), m.gpr(13), m.gpr(14)), (7, 0xc3, 9));
+        });
+    }
+}
+
+#[test]
 fn vectors_stay_in_the_host() {
     let program = assemble(|a| {
         a.mov(eax, 3)?;

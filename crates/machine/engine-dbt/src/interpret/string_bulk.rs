@@ -6,13 +6,19 @@
 use super::operand::size_mask;
 use super::string::{Operation, Repeat, Run, StringOp, compare_flags};
 use crate::env::{Access, Exec, Fault};
+use crate::peers::Announced;
 
 /// Elements that may be accessed directly: where the current one is, and how many there are in the direction of DF.
 #[derive(Clone, Copy, Debug)]
 struct Window {
     at: *mut u8,
     elements: u64,
+    /// Where in guest-physical memory the current one is, if stores there must be told of.
+    watched: Option<u64>,
 }
+
+/// Guest-physical address and length of what is stored, and what the other vCPUs were told of it.
+type ToldRun = (u64, u64, Option<Announced>);
 
 impl Exec<'_> {
     /// Does up to `most` elements at once. None done: the next element needs the general path.
@@ -35,8 +41,10 @@ impl Exec<'_> {
                 if scans {
                     return Ok(self.compare_run(op, Some(from), to, count));
                 }
+                let told = self.announce_run(op, to, count);
                 // SAFETY: both windows hold `count` elements in the direction of `op.down`.
                 unsafe { copy_elements(from.at, to.at, count as usize, op.size, op.down) };
+                self.tell_run(told);
                 Ok(Run {
                     done: count,
                     stop: false,
@@ -47,6 +55,7 @@ impl Exec<'_> {
                     return Ok(NONE);
                 };
                 let count = most.min(to.elements);
+                let told = self.announce_run(op, to, count);
                 // SAFETY: the window holds `count` elements in the direction of `op.down`.
                 unsafe {
                     fill_elements(
@@ -57,6 +66,7 @@ impl Exec<'_> {
                         op.down,
                     )
                 };
+                self.tell_run(told);
                 Ok(Run {
                     done: count,
                     stop: false,
@@ -88,8 +98,13 @@ impl Exec<'_> {
         if in_page + size > 0x1000 {
             return Ok(None);
         }
-        let Some((at, _)) = self.ram_window(linear, access)? else {
-            return Ok(None);
+        let (at, watched) = match self.ram_window(linear, access)? {
+            Some((at, _)) => (at, None),
+            None if access == Access::Write => match self.watched_window(linear)? {
+                Some((at, gpa)) => (at, Some(gpa)),
+                None => return Ok(None),
+            },
+            None => return Ok(None),
         };
         let mut elements = if op.down {
             in_page / size + 1
@@ -113,7 +128,29 @@ impl Exec<'_> {
                 elements = 1;
             }
         }
-        Ok(Some(Window { at, elements }))
+        Ok(Some(Window {
+            at,
+            elements,
+            watched,
+        }))
+    }
+
+    /// Before `count` elements are stored at once: says so where somebody may have made code of what is there.
+    fn announce_run(&self, op: &StringOp, to: Window, count: u64) -> Option<ToldRun> {
+        let (gpa, len) = (to.watched?, count * op.size as u64);
+        let gpa = if op.down && count > 0 {
+            gpa - (len - op.size as u64)
+        } else {
+            gpa
+        };
+        (len > 0).then(|| (gpa, len, self.announce(gpa, len)))
+    }
+
+    /// After them.
+    fn tell_run(&mut self, told: Option<ToldRun>) {
+        if let Some((gpa, len, announced)) = told {
+            self.written(gpa, len, announced);
+        }
     }
 
     /// Compares elements with elements, or with the accumulator, until the repetition ends.
