@@ -1,4 +1,4 @@
-//! The network data plane: frames, ports, and a layer-2 switch between them.
+//! The network data plane: frames, ports, a layer-2 switch between them, and the answers of a network's gateway.
 //!
 //! A [`Switch`] is a value on one thread. It does no I/O, reads no clock and starts nothing: whoever owns the thread
 //! hands it the frames that a port has sent ([`Switch::receive`]), takes the frames that a port is to get
@@ -31,7 +31,9 @@
 
 pub mod checksum;
 mod counters;
+mod fragment;
 mod frame;
+pub mod gateway;
 pub mod packet;
 mod pool;
 mod port;
@@ -44,6 +46,7 @@ mod time;
 mod vlan;
 
 pub use counters::{DropReason, PortCounters, Traffic};
+pub use fragment::{Reassembler, split};
 pub use frame::{
     Frame, HEADROOM, MAX_FRAME, NeedsChecksum, Offload, Segmentation, SegmentationKind,
 };
