@@ -5,11 +5,16 @@
 //! in a mount namespace of its own, so that it does not matter where the repository is.
 //! A test that cannot run on this host says so by name and with a reason ([`ready`]); it never passes silently.
 
+mod campaign;
+mod disk;
 mod place;
 mod run;
 mod session;
+pub mod stress;
 
-pub use place::{Need, ready, shared, skip};
+pub use campaign::slice;
+pub use disk::RootDisk;
+pub use place::{Need, WORKBENCH, ready, shared, skip};
 pub use run::{Finished, Strata};
 pub use session::Session;
 

@@ -29,7 +29,15 @@ pub enum Need {
     Machine,
     /// Also the image `debian`, which is built on first use: that takes minutes.
     Debian,
+    /// Also the image [`WORKBENCH`], which is built on first use: that takes minutes.
+    Workbench,
 }
+
+/// The image that guests work in: `debian` with a compiler, and more programs to try a machine with.
+pub const WORKBENCH: &str = "workbench";
+
+/// What it has beyond `debian`.
+const WORKBENCH_PACKAGES: &str = "gcc,libc6-dev,memtest86+,stress-ng";
 
 /// The file in which a test that cannot run is noted as `name<TAB>reason`; `cargo xtask test` reads it.
 const SKIPS_VARIABLE: &str = "STRATA_TEST_SKIPS";
@@ -46,7 +54,11 @@ pub fn ready(need: Need) -> bool {
     match need {
         Need::Program => {}
         Need::Machine => place.prepare_machine(),
-        Need::Debian => place.prepare_debian(),
+        Need::Debian => place.prepare_image("debian", &[]),
+        Need::Workbench => {
+            let options = ["--from", "debian", "--package", WORKBENCH_PACKAGES];
+            place.prepare_image(WORKBENCH, &options);
+        }
     }
     true
 }
@@ -225,21 +237,22 @@ impl Place {
         fs::write(&noted, mark).expect("that it works can be noted");
     }
 
-    /// Makes sure that the image `debian` is there, as this build of the program would make it.
-    fn prepare_debian(&self) {
-        let _lock = self.lock("debian");
-        let line = "strata image ls --json";
-        let list = Strata::shell(line).run().expect(0).text();
+    /// Makes sure that an image is there, as this build of the program would make it.
+    fn prepare_image(&self, name: &str, options: &[&str]) {
+        let _lock = self.lock("image");
+        let list = Strata::new().args(["image", "ls", "--json"]);
+        let list = list.run().expect(0).text();
         let images: serde_json::Value = serde_json::from_str(&list).expect("the list is JSON");
         let is_ready = |image: &serde_json::Value| {
-            image["name"] == "debian" && image["built"] == true && image["current"] == true
+            image["name"] == name && image["built"] == true && image["current"] == true
         };
         if images
             .as_array()
             .is_none_or(|images| !images.iter().any(is_ready))
         {
             Strata::new()
-                .args(["image", "build", "debian"])
+                .args(["image", "build", name])
+                .args(options.iter().copied())
                 .timeout(Duration::from_secs(580))
                 .run()
                 .expect(0);
@@ -299,13 +312,15 @@ impl Place {
     }
 }
 
-/// The program that Cargo built beside this test: `target/PROFILE/strata`, two levels above `target/PROFILE/deps/TEST`.
+/// The program that Cargo built: `target/PROFILE/strata`, beside a campaign and one level above `target/PROFILE/deps/TEST`.
 fn built_binary() -> PathBuf {
-    let test = env::current_exe().expect("a test has a path");
-    test.parent()
-        .and_then(Path::parent)
-        .expect("tests are in target/PROFILE/deps")
-        .join("strata")
+    let own = env::current_exe().expect("a program has a path");
+    let directory = own.parent().expect("it is in a directory");
+    let profile = match directory.ends_with("deps") {
+        true => directory.parent().unwrap_or(directory),
+        false => directory,
+    };
+    profile.join("strata")
 }
 
 /// Tells one build of the binary from another.

@@ -215,6 +215,16 @@ impl Finished {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
+    /// What `--print-stats` printed.
+    #[track_caller]
+    pub fn stats(&self) -> serde_json::Value {
+        self.stderr
+            .lines()
+            .find(|line| line.starts_with('{'))
+            .and_then(|line| serde_json::from_str(line).ok())
+            .unwrap_or_else(|| panic!("no counters were printed\n{}", self.report()))
+    }
+
     /// Fails the test unless it ended with `code`.
     #[track_caller]
     pub fn expect(self, code: i32) -> Finished {

@@ -14,12 +14,7 @@ fn boot(cpus: &str) -> u64 {
         .run()
         .expect(0);
     assert_eq!(run.text().trim(), cpus);
-    let stats = run
-        .stderr
-        .lines()
-        .find(|line| line.starts_with('{'))
-        .expect("the counters are printed");
-    let stats: serde_json::Value = serde_json::from_str(stats).expect("the counters are JSON");
+    let stats = run.stats();
     let vcpus = stats["vcpus"].as_array().expect("there are CPUs");
     let blocks = |vcpu: &serde_json::Value| vcpu["blocks-translated"].as_u64();
     vcpus.iter().filter_map(blocks).sum()

@@ -1,11 +1,8 @@
 //! The image `debian`: a whole system with systemd and sshd, its console, and its root disk in a run that keeps it.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use strata_tests::{Need, Session, Strata, ready, shared};
+use strata_tests::{Need, RootDisk, Session, Strata, ready};
 
 /// How long one run may take: a boot is ten seconds on a machine that has nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -64,104 +61,23 @@ fn the_console_of_debian_is_a_shell_of_root() {
     assert_eq!(status.code(), Some(0), "{output}");
 }
 
-/// A copy of the root disk and what boots it.
-struct Own {
-    _directory: tempfile::TempDir,
-    disk: PathBuf,
-    arguments: Vec<String>,
-}
-
-impl Own {
-    fn copy() -> Own {
-        let place = shared();
-        let manifest = place.manifest("debian");
-        let directory = place.scratch();
-        let disk = directory.path().join("root.raw");
-        let copied = Command::new("cp")
-            .arg("--sparse=always")
-            .args([&place.blob(&manifest, "disk"), &disk])
-            .status();
-        assert!(copied.is_ok_and(|status| status.success()));
-        let mut permissions = fs::metadata(&disk).expect("it is there").permissions();
-        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o600);
-        fs::set_permissions(&disk, permissions).expect("it is ours");
-        place.give(&disk);
-        let seen = |path: &Path| place.seen(path).display().to_string();
-        let command_line = manifest["command_line"].as_str().expect("it has one");
-        let arguments = [
-            "run",
-            "--memory",
-            "1G",
-            "--kernel",
-            &seen(&place.blob(&manifest, "kernel")),
-            "--initrd",
-            &seen(&place.blob(&manifest, "initrd")),
-            "--append",
-            &format!("{command_line} strata.agent=1 panic=-1"),
-            "--disk",
-            &format!("{},format=raw", seen(&disk)),
-            "--",
-        ];
-        Own {
-            _directory: directory,
-            disk,
-            arguments: arguments.map(str::to_owned).into(),
-        }
-    }
-
-    fn run(&self, script: &str) -> Strata {
-        Strata::new()
-            .args(self.arguments.clone())
-            .args(["sh", "-c", script])
-            .timeout(PATIENCE)
-    }
-
-    /// Fails the test unless the file system is clean and whole.
-    #[track_caller]
-    fn check(&self) {
-        let output = Command::new("/sbin/e2fsck")
-            .args(["-f", "-n"])
-            .arg(&self.disk)
-            .output()
-            .expect("e2fsck runs");
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert_eq!(output.status.code(), Some(0), "{text}");
-        assert!(!text.contains("journal"), "it was not unmounted: {text}");
-    }
-}
-
 #[test]
 fn a_root_disk_outlives_its_machines() {
     if !ready(Need::Debian) {
         return;
     }
-    let own = Own::copy();
+    let disk = RootDisk::copy("debian");
+    let run = |script: &str| disk.machine(1, script).timeout(PATIENCE).run().expect(0);
     // A machine that ends in order, right after the write.
-    own.run("echo kept > /root/kept").run().expect(0);
-    own.check();
+    run("echo kept > /root/kept");
+    assert_eq!(disk.problem(), None);
 
-    // One that is killed while it writes.
-    let writing = "cd /root; while :; do for i in 1 2 3 4 5 6 7 8; do mkdir -p d$i; cp -r /etc d$i/$$; \
-        cat /usr/bin/perl > d$i/file; done; sync -d d8/file; rm -r d1 d2 d3; echo round; done";
-    let mut session = Session::start(&own.run(writing));
-    session.expect("round").expect("round").signal("KILL");
-    drop(session);
-
-    // The next one replays the journal.
-    let look = "cat /root/kept; dmesg | grep -c 'EXT4-fs.*recovery complete'; dmesg | grep -i 'ext4.*error'; \
-        cmp /usr/bin/perl /root/d8/file && echo whole";
-    let mut finished = own.run(look).run();
-    // The machine has a process of its own, which ends when it sees the other one gone.
-    for _ in 0..20 {
-        if !finished.stderr.contains("in use by another machine") {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(500));
-        finished = own.run(look).run();
-    }
-    let finished = finished.expect(0);
-    assert_eq!(finished.text(), "kept\n1\nwhole\n", "{}", finished.stderr);
-    own.check();
+    // One that is killed while it writes; the next one replays the journal.
+    disk.kill(1);
+    let finished = run(&format!("cat /root/kept; {}", RootDisk::LOOK));
+    let expected = format!("kept\n{}", RootDisk::FOUND);
+    assert_eq!(finished.text(), expected, "{}", finished.stderr);
+    assert_eq!(disk.problem(), None);
 }
 
 #[test]

@@ -41,6 +41,15 @@ fn kernel() -> Vec<u8> {
     elf
 }
 
+/// The small guest in a file, as the program under test names it, and the directory that holds it.
+fn counter() -> (tempfile::TempDir, String) {
+    let directory = shared().scratch();
+    let path = directory.path().join("counter.elf");
+    fs::write(&path, kernel()).expect("a scratch file");
+    let seen = shared().seen(&path).display().to_string();
+    (directory, seen)
+}
+
 /// Runs `strata run MACHINE` under gdb with these commands; what gdb printed, and the status of strata in the end.
 fn debug(machine: &str, commands: &[&str]) -> Finished {
     let mut script = format!(
@@ -82,12 +91,8 @@ fn breakpoints_steps_memory_and_the_end() {
     if !ready(Need::Program) {
         return;
     }
-    let directory = shared().scratch();
-    let path = directory.path().join("counter.elf");
-    fs::write(&path, kernel()).expect("a scratch file");
-    shared().give(directory.path());
-    let seen = shared().seen(&path).display().to_string();
-    let machine = format!("--debug-exit --engine translate --kernel {seen}");
+    let (_directory, kernel) = counter();
+    let machine = format!("--debug-exit --engine translate --kernel {kernel}");
     let run = debug(
         &machine,
         &[
@@ -139,12 +144,8 @@ fn ctrl_c_stops_and_kill_ends_the_machine() {
     if !ready(Need::Program) {
         return;
     }
-    let directory = shared().scratch();
-    let path = directory.path().join("counter.elf");
-    fs::write(&path, kernel()).expect("a scratch file");
-    shared().give(directory.path());
-    let seen = shared().seen(&path).display().to_string();
-    let machine = format!("--engine translate --kernel {seen}");
+    let (_directory, kernel) = counter();
+    let machine = format!("--engine translate --kernel {kernel}");
     let run = debug(
         &machine,
         &[

@@ -25,13 +25,7 @@ fn the_kernel_boots_in_lock_step_with_the_reference() {
         .timeout(Duration::from_secs(240))
         .run()
         .expect(0);
-    let stats = run
-        .stderr
-        .lines()
-        .find(|line| line.starts_with('{'))
-        .expect("the counters are printed");
-    let stats: serde_json::Value = serde_json::from_str(stats).expect("the counters are JSON");
-    let compared = stats["vcpus"][0]["compared-exits"]
+    let compared = run.stats()["vcpus"][0]["compared-exits"]
         .as_u64()
         .expect("exits are counted");
     assert!(

@@ -65,7 +65,7 @@ pub fn run(arguments: &BenchArguments) -> Result<ExitCode> {
         Some(path) => path
             .canonicalize()
             .with_context(|| format!("cannot use {}", path.display()))?,
-        None if uses(Kind::Strata) => guest::build_strata(true)?,
+        None if uses(Kind::Strata) => guest::build_strata()?,
         None => PathBuf::new(),
     };
     let directory = shell::target_dir().join("bench");

@@ -37,7 +37,7 @@ const COMMANDS: &[&[&str]] = &[
 pub fn run(arguments: &DemoArguments) -> Result<ExitCode> {
     let mut phases = Phases::default();
     phases.run("set-up", || setup::ensure(setup::IMAGE_TOOLS))?;
-    let strata = phases.run("build", || guest::build_strata(true))?;
+    let strata = phases.run("build", guest::build_strata)?;
     phases.run("image", || guest::build_tiny(&strata))?;
     if !arguments.no_shell && stdin().is_terminal() && stdout().is_terminal() {
         phases.print();

@@ -24,7 +24,7 @@ const GUEST_MEMORY: &str = "memfd:strata-";
 
 /// Measures and prints one line per figure.
 pub fn run(arguments: &FiguresArguments) -> Result<ExitCode> {
-    let strata = guest::build_strata(true)?;
+    let strata = guest::build_strata()?;
     guest::build_tiny(&strata)?;
     let binary = fs::read(&strata).with_context(|| format!("cannot read {}", strata.display()))?;
     let (code, symbols) =

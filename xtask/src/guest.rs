@@ -37,17 +37,10 @@ pub fn build(package: &str) -> Result<PathBuf> {
     Ok(directory.join(TARGET).join("release").join(package))
 }
 
-/// Builds `strata`; returns its path.
-pub fn build_strata(release: bool) -> Result<PathBuf> {
-    let mut command = shell::cargo();
-    command.args(["build", "--package", "strata"]);
-    if release {
-        command.arg("--release");
-    }
-    shell::run(&mut command)?;
-    Ok(shell::target_dir()
-        .join(if release { "release" } else { "debug" })
-        .join("strata"))
+/// Builds `strata` as it is meant to be used; returns its path.
+pub fn build_strata() -> Result<PathBuf> {
+    shell::run(shell::cargo().args(["build", "--package", "strata", "--release"]))?;
+    Ok(shell::target_dir().join("release/strata"))
 }
 
 /// Builds the image `tiny` with `strata`, unless it is there.

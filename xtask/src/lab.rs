@@ -3,6 +3,7 @@
 //! QEMU's translator emulates a CPU with AMD's virtualisation; in it runs Debian's kernel with its own KVM, and in that
 //! the KVM engine: first its unit tests, then machines that boot `tiny`. Slow, and the real thing.
 
+use std::env;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use serde_json::Value;
 
 use crate::bench::initrd::push;
 use crate::phases::Phases;
+use crate::test::TARGETS;
 use crate::{guest, setup, shell};
 
 mod suite;
@@ -37,6 +39,43 @@ pub struct LabArguments {
     /// Give up an outer machine after this many seconds.
     #[arg(long, default_value_t = 300)]
     patience: u64,
+    /// Build with the whole workspace, as the tests do: nothing is built anew after them.
+    #[arg(long, hide = true)]
+    workspace: bool,
+}
+
+/// What the outer machine's memory and QEMU itself take, in MiB.
+const MEMORY_MIB: u64 = 3072 + 512;
+
+/// Installs what the lab needs, and says why it cannot run here if it cannot.
+pub fn obstacle() -> Option<String> {
+    if let Err(error) = setup::ensure(setup::BENCH_TOOLS) {
+        return Some(error.to_string());
+    }
+    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = memory
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    available
+        .map(|kib| kib / 1024)
+        .filter(|&mib| mib < MEMORY_MIB)
+        .map(|mib| {
+            format!(
+                "its outer machine needs {MEMORY_MIB} MiB of memory, and {mib} MiB are available"
+            )
+        })
+}
+
+/// The lab as a part of the tests: whole, with what they have built, and the kernel of their image.
+pub fn run_in_tests() -> Result<()> {
+    let mut command = shell::command(env::current_exe().context("xtask has no path")?);
+    command.args(["lab", "--workspace"]);
+    let cache = shell::target_dir().join("debug/e2e/cache");
+    if cache.join("images/tiny.json").is_file() {
+        command.env("STRATA_CACHE", cache);
+    }
+    shell::run(&mut command)
 }
 
 /// What the script in the outer machine says when a check has passed.
@@ -95,12 +134,11 @@ pub fn run(arguments: &LabArguments) -> Result<ExitCode> {
         setup::ensure(setup::IMAGE_TOOLS)?;
         setup::ensure(setup::BENCH_TOOLS)
     })?;
-    let strata = phases.run("build strata", || guest::build_strata(false))?;
-    let tests = phases.run("build the engine's tests", || match arguments.tests() {
-        false => Ok(None),
-        true => build_tests().map(Some),
+    let (strata, tests, suite) = phases.run("build", || -> Result<_> {
+        let built = Built::build(arguments.workspace)?;
+        let tests = arguments.tests().then_some(built.tests);
+        Ok((built.strata, tests, suite::Suite::make(&built.suite)?))
     })?;
-    let suite = phases.run("build the guest suite", suite::Suite::build)?;
     let kernel = guest::tiny_kernel(&strata)?;
     let tiny = guest::tiny_initrd(&strata)?;
     let mut passed = Vec::new();
@@ -150,26 +188,57 @@ fn checks(arguments: &LabArguments) -> Vec<String> {
     checks
 }
 
-/// Builds the tests of the engine; returns their program.
-fn build_tests() -> Result<PathBuf> {
-    let mut command = shell::cargo();
-    command.args([
-        "test",
-        "--no-run",
-        "--message-format=json",
-        "--package",
-        "strata-engine-kvm",
-        "--lib",
-    ]);
-    let output = shell::output(&mut command)?;
-    let executable = |line: &str| {
-        let value: Value = serde_json::from_str(line).ok()?;
-        Some(PathBuf::from(value.get("executable")?.as_str()?))
-    };
-    output
-        .lines()
-        .find_map(executable)
-        .context("cargo names no test program")
+/// Programs of this workspace that the lab needs.
+struct Built {
+    strata: PathBuf,
+    /// The unit tests of the KVM engine.
+    tests: PathBuf,
+    /// What writes the guest suite's image.
+    suite: PathBuf,
+}
+
+impl Built {
+    /// Builds them, of these packages alone or with the whole workspace.
+    fn build(workspace: bool) -> Result<Built> {
+        let mut command = shell::cargo();
+        command.args(["build", "--message-format=json-render-diagnostics"]);
+        if workspace {
+            command.args(TARGETS);
+        } else {
+            for package in ["strata", "strata-engine-kvm", "strata-guest-suite"] {
+                command.args(["--package", package]);
+            }
+            command.args(["--bins", "--lib", "--tests"]);
+        }
+        let output = command
+            .stdin(Stdio::null())
+            .stderr(Stdio::inherit())
+            .output()
+            .context("cannot start cargo")?;
+        if !output.status.success() {
+            bail!("`{}` failed ({})", shell::line(&command), output.status);
+        }
+        let messages: Vec<Value> = String::from_utf8_lossy(&output.stdout)
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect();
+        let program = |name: &str, test: bool| {
+            let of = |message: &&Value| {
+                message["target"]["name"] == name && message["profile"]["test"] == test
+            };
+            let path = |message: &Value| Some(PathBuf::from(message["executable"].as_str()?));
+            messages
+                .iter()
+                .filter(of)
+                .find_map(path)
+                .with_context(|| format!("cargo names no program {name}"))
+        };
+        Ok(Built {
+            strata: program("strata", false)?,
+            tests: program("strata_engine_kvm", true)?,
+            suite: program("strata-guest-suite", false)?,
+        })
+    }
 }
 
 /// What the outer machine is given.
@@ -432,6 +501,7 @@ mod tests {
             tests_only: false,
             suite_only: false,
             patience: 1,
+            workspace: false,
         };
         let script = script(&arguments, &suite::Suite::default());
         for check in checks(&arguments) {

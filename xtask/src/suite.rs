@@ -64,7 +64,7 @@ pub fn run(arguments: &SuiteArguments) -> Result<ExitCode> {
     if cases.is_empty() {
         bail!("{} holds no such image", directory.display());
     }
-    let strata = guest::build_strata(true)?;
+    let strata = guest::build_strata()?;
     let scratch = Scratch::new()?;
     println!("| image | result | seconds | remark |\n|---|---|---|---|");
     let mut passed = 0;

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: set-up, checks, build, all tests, and a summary that hides nothing.
+//! `cargo xtask test`: set-up, checks, build, all tests, the lab, and a summary that hides nothing.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -12,13 +12,16 @@ use clap::Args;
 
 use crate::phases::Phases;
 use crate::setup::{self, Runner};
-use crate::{guest, shell, tidy};
+use crate::{guest, lab, shell, tidy};
 
 /// The environment variable that names the file to which a test that cannot run here appends `name<TAB>reason`.
 const SKIPS_VARIABLE: &str = "STRATA_TEST_SKIPS";
 
 /// The environment variable that names the static guest benchmark for the tests that run it in a machine.
 const BENCH_VARIABLE: &str = "STRATA_GUEST_BENCH";
+
+/// The name of the phase, and of the filter, for machines on the KVM engine.
+const LAB: &str = "lab";
 
 /// How many of the slowest tests are shown.
 const SLOWEST: usize = 10;
@@ -50,7 +53,7 @@ struct Skip {
 struct Report {
     cases: Vec<Case>,
     skips: Vec<Skip>,
-    /// Checks that are no tests (formatting, lints), and whether each passed.
+    /// Checks that are no tests (formatting, lints, the lab), and whether each passed.
     checks: Vec<(&'static str, bool)>,
 }
 
@@ -89,6 +92,10 @@ pub fn run(arguments: &TestArguments) -> Result<ExitCode> {
         phases.run("tests", || {
             run_tests(&runner, &arguments.filters, &bench, &mut report)
         })?;
+        // By itself: an emulated machine on a busy host is too slow for what runs in it.
+        if arguments.filters.is_empty() || arguments.filters.iter().any(|name| name == LAB) {
+            phases.run(LAB, || report.add_lab());
+        }
     }
     phases.print();
     Ok(report.print())
@@ -106,7 +113,7 @@ fn passes(command: &mut Command) -> bool {
 }
 
 /// Everything but doc tests and examples, the same for building and for running.
-const TARGETS: [&str; 4] = ["--workspace", "--bins", "--lib", "--tests"];
+pub const TARGETS: [&str; 4] = ["--workspace", "--bins", "--lib", "--tests"];
 
 /// Builds every test, and the binaries that the end-to-end tests run. Not by the test runner, which would leave those out,
 /// and in one go, so that nothing is built twice with different features.
@@ -189,7 +196,24 @@ fn run_tests(runner: &Runner, filters: &[String], bench: &Path, report: &mut Rep
 }
 
 impl Report {
-    /// Prints the summary, whose last line has the counts; formatting, lints and build count as one each.
+    /// Runs the lab, or notes why it cannot run here.
+    fn add_lab(&mut self) {
+        match lab::obstacle() {
+            Some(reason) => self.skips.push(Skip {
+                name: LAB.to_owned(),
+                reason,
+            }),
+            None => {
+                let result = lab::run_in_tests();
+                if let Err(error) = &result {
+                    eprintln!("error: {error:#}");
+                }
+                self.checks.push((LAB, result.is_ok()));
+            }
+        }
+    }
+
+    /// Prints the summary, whose last line has the counts; formatting, lints, build and lab count as one each.
     fn print(&self) -> ExitCode {
         let mut slowest: Vec<&Case> = self.cases.iter().collect();
         slowest.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));

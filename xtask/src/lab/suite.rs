@@ -155,20 +155,18 @@ pub struct Suite {
 }
 
 impl Suite {
-    /// Builds the image.
-    pub fn build() -> Result<Suite> {
-        shell::run(shell::cargo().args(["build", "--package", "strata-guest-suite"]))?;
-        let program = shell::target_dir().join("debug/strata-guest-suite");
+    /// Has the image written by the suite's program.
+    pub fn make(program: &Path) -> Result<Suite> {
         let directory = shell::target_dir().join("lab");
         std::fs::create_dir_all(&directory)
             .with_context(|| format!("cannot make {}", directory.display()))?;
         let image = directory.join("suite");
-        shell::run(shell::command(&program).arg(&image))?;
+        shell::run(shell::command(program).arg(&image))?;
         let guest = |line: &str| {
             let (name, cpus) = line.split_once(' ')?;
             Some((name.to_owned(), cpus.to_owned()))
         };
-        let list = shell::output(&mut shell::command(&program))?;
+        let list = shell::output(&mut shell::command(program))?;
         Ok(Suite {
             image,
             guests: list.lines().filter_map(guest).collect(),
