@@ -1,7 +1,10 @@
 //! An Ethernet frame and what is still to be done to it before it can leave the host.
 
+use crate::config::PortId;
+use crate::policy::Direction;
 use crate::pool::Pool;
 use crate::segment::{Segments, SegmentsError};
+use crate::time::Time;
 use crate::{checksum, packet};
 
 /// Free bytes in front of a new frame: an outer tag and the headers of a tunnel go there without moving the frame.
@@ -59,6 +62,19 @@ pub struct Frame {
     start: usize,
     /// What is left to do.
     pub offload: Offload,
+    /// Where it was seen, if it is a copy for a mirror port.
+    pub captured: Option<Captured>,
+}
+
+/// Where and when a frame was seen.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Captured {
+    /// The port.
+    pub port: PortId,
+    /// Into the switch, or out of it.
+    pub direction: Direction,
+    /// When.
+    pub time: Time,
 }
 
 impl Frame {
@@ -75,6 +91,7 @@ impl Frame {
             start: start.min(buffer.len()),
             buffer,
             offload: Offload::default(),
+            captured: None,
         }
     }
 

@@ -5,7 +5,7 @@
 //! ([`Switch::take`]), and says what time it is. So it runs the same inside the process of one machine, in a process
 //! of its own for the machines of a host, and in a test.
 //!
-//! The way of a frame: *ingress checks* (is it well-formed, may this port send it) →
+//! The way of a frame: *ingress checks* (is it well-formed, may this port send it) → *policy* (security groups) →
 //! *forwarding* (VLANs, learned addresses) → *egress queues*, one set per port, from which the port's owner takes. A
 //! frame that ends elsewhere is counted under its [`DropReason`].
 //!
@@ -30,11 +30,14 @@
 #![forbid(unsafe_code)]
 
 pub mod checksum;
+mod config;
 mod counters;
 mod fragment;
 mod frame;
 pub mod gateway;
+mod guard;
 pub mod packet;
+pub mod policy;
 mod pool;
 mod port;
 mod queue;
@@ -45,17 +48,19 @@ mod table;
 mod time;
 mod vlan;
 
+pub use config::{Mirror, PortConfig, PortId, SwitchConfig, SwitchError};
 pub use counters::{DropReason, PortCounters, Traffic};
 pub use fragment::{Reassembler, split};
 pub use frame::{
-    Frame, HEADROOM, MAX_FRAME, NeedsChecksum, Offload, Segmentation, SegmentationKind,
+    Captured, Frame, HEADROOM, MAX_FRAME, NeedsChecksum, Offload, Segmentation, SegmentationKind,
 };
+pub use guard::Guard;
 pub use pool::Pool;
 pub use port::{Capabilities, Port};
 pub use queue::{CLASSES, QueueConfig, QueueCounters};
 pub use rate::{Bucket, Limit, Rate};
 pub use segment::{Segments, SegmentsError};
-pub use switch::{PortConfig, PortId, Switch, SwitchConfig, SwitchError, carry};
+pub use switch::{Switch, carry};
 pub use table::MacTable;
 pub use time::Time;
 pub use vlan::{Vid, VidSet, VlanMode};

@@ -97,6 +97,14 @@ impl Segments {
         Some(segment)
     }
 
+    /// Bytes of the longest of these packets, without Ethernet header and tags.
+    pub fn payload_len(&self) -> usize {
+        let data = self.ip.end.saturating_sub(self.headers).min(self.size);
+        self.headers
+            .saturating_sub(self.ip.header)
+            .saturating_add(data)
+    }
+
     /// The frame itself, for its buffer to be used again.
     pub fn into_frame(self) -> Frame {
         self.whole
@@ -156,5 +164,193 @@ impl Segments {
             folded => !folded,
         };
         packet::put_u16(segment, field, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::{NeedsChecksum, Segmentation};
+    use crate::gateway::reply::{self, Addresses};
+    use crate::packet::Mac;
+    use crate::{Capabilities, Offload};
+    use proptest::prelude::*;
+    use smoltcp::phy::ChecksumCapabilities;
+    use smoltcp::wire::{IpAddress, Ipv4Packet, TcpPacket, TcpRepr, UdpPacket, UdpRepr};
+
+    /// A frame as a guest's driver makes it: the checksum field holds the pseudo-header's sum.
+    fn large(kind: SegmentationKind, v6: bool, len: usize, size: u16, tags: usize) -> Frame {
+        let mut pool = Pool::new(4);
+        let address = |number: u8| -> IpAddr {
+            if v6 {
+                IpAddr::from([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, number])
+            } else {
+                IpAddr::from([10, 0, 0, number])
+            }
+        };
+        let way = Addresses {
+            source_mac: Mac::from_bytes(&[2, 0, 0, 0, 0, 1]),
+            destination_mac: Mac::from_bytes(&[2, 0, 0, 0, 0, 2]),
+            source: address(1),
+            destination: address(2),
+        };
+        let tcp = kind != SegmentationKind::Udp;
+        let (protocol, header, field) = if tcp {
+            (protocol::TCP, 32, 16)
+        } else {
+            (protocol::UDP, 8, 6)
+        };
+        let (mut frame, at) = reply::ip(&mut pool, way, protocol, 64, header + len).unwrap();
+        let bytes = frame.bytes_mut();
+        if tcp {
+            packet::put(
+                bytes,
+                at,
+                &[
+                    0, 80, 0, 81, 0xff, 0xff, 0xff, 0, 0, 0, 0, 9, 0x80, 0x99, 1, 0,
+                ],
+            );
+            packet::put(bytes, at + 20, &[1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2]);
+        } else {
+            packet::put(bytes, at, &[0, 80, 0, 81]);
+            packet::put_u16(bytes, at + 4, (header + len) as u16);
+        }
+        for index in 0..len {
+            bytes[at + header + index] = (index * 13 % 256) as u8;
+        }
+        let (source, size_of) = packet::octets(way.source);
+        let (destination, _) = packet::octets(way.destination);
+        let pseudo = checksum::pseudo_header(
+            &source[..size_of],
+            &destination[..size_of],
+            protocol,
+            header + len,
+        );
+        packet::put_u16(bytes, at + field, checksum::fold(pseudo));
+        frame.offload = Offload {
+            needs_checksum: Some(NeedsChecksum {
+                start: at as u16,
+                offset: field as u16,
+            }),
+            segmentation: Some(Segmentation {
+                kind,
+                size,
+                header_len: (at + header) as u16,
+            }),
+            checksum_valid: false,
+        };
+        for tag in 0..tags {
+            frame.push_tag(packet::ethertype::VLAN, tag as u16 + 5);
+        }
+        frame
+    }
+
+    proptest! {
+        /// Each packet is whole and right by another library's account, and together they are the payload.
+        #[test]
+        fn segments_are_what_the_frame_stands_for(
+            kind in prop_oneof![Just(SegmentationKind::Tcp4), Just(SegmentationKind::Tcp6), Just(SegmentationKind::Udp)],
+            udp6 in any::<bool>(),
+            len in 1usize..60_000,
+            size in SIZE_MIN..9000,
+            tags in 0usize..3,
+        ) {
+            let v6 = match kind {
+                SegmentationKind::Tcp4 => false,
+                SegmentationKind::Tcp6 => true,
+                SegmentationKind::Udp => udp6,
+            };
+            let frame = large(kind, v6, len, size, tags);
+            let tagged = frame.bytes()[..14 + 4 * tags].to_vec();
+            let mut pool = Pool::new(64);
+            let mut segments = frame.segments().unwrap();
+            let (mut payload, mut count) = (Vec::new(), 0usize);
+            while let Some(segment) = segments.next(&mut pool) {
+                let bytes = segment.bytes();
+                prop_assert_eq!(&bytes[..14 + 4 * tags], &tagged[..]);
+                let (_, at) = packet::payload(bytes).unwrap();
+                let ip = packet::ip(bytes, at).unwrap();
+                prop_assert_eq!(ip.end, bytes.len());
+                if !v6 {
+                    let header = Ipv4Packet::new_checked(&bytes[at..]).unwrap();
+                    prop_assert!(header.verify_checksum());
+                    prop_assert_eq!(usize::from(header.ident()), count);
+                }
+                let (source, destination) = (IpAddress::from(ip.source), IpAddress::from(ip.destination));
+                let transport = ip.payload(bytes);
+                let data = if kind == SegmentationKind::Udp {
+                    let packet = UdpPacket::new_checked(transport).unwrap();
+                    UdpRepr::parse(&packet, &source, &destination, &ChecksumCapabilities::default()).unwrap();
+                    packet.payload()
+                } else {
+                    let packet = TcpPacket::new_checked(transport).unwrap();
+                    TcpRepr::parse(&packet, &source, &destination, &ChecksumCapabilities::default()).unwrap();
+                    let last = payload.len() + packet.payload().len() == len;
+                    prop_assert_eq!(packet.fin() && packet.psh(), last);
+                    prop_assert_eq!(packet.cwr(), count == 0);
+                    prop_assert_eq!(packet.seq_number().0 as u32, 0xffff_ff00u32.wrapping_add(payload.len() as u32));
+                    packet.payload()
+                };
+                prop_assert!(data.len() == usize::from(size) || payload.len() + data.len() == len);
+                payload.extend_from_slice(data);
+                count += 1;
+                pool.put(segment);
+            }
+            prop_assert_eq!(count, len.div_ceil(usize::from(size)));
+            prop_assert!(payload.iter().enumerate().all(|(at, byte)| *byte == (at * 13 % 256) as u8));
+        }
+
+        /// A frame of any bytes with any offload makes nobody fall.
+        #[test]
+        fn nonsense_is_refused(
+            bytes in prop::collection::vec(any::<u8>(), 0..200),
+            start in any::<u16>(),
+            offset in any::<u16>(),
+            size in any::<u16>(),
+        ) {
+            for kind in [SegmentationKind::Tcp4, SegmentationKind::Tcp6, SegmentationKind::Udp] {
+                let mut frame = Frame::new(&bytes);
+                frame.offload.needs_checksum = Some(NeedsChecksum { start, offset });
+                frame.offload.segmentation = Some(Segmentation { kind, size, header_len: start });
+                let mut whole = frame.clone();
+                frame.lower(Capabilities::default(), &mut Pool::new(4), |_| ());
+                whole.finish_checksum();
+            }
+        }
+    }
+
+    #[test]
+    fn a_missing_checksum_is_finished() {
+        for (kind, v6) in [
+            (SegmentationKind::Udp, false),
+            (SegmentationKind::Tcp6, true),
+        ] {
+            let mut frame = large(kind, v6, 999, 1000, 1);
+            frame.offload.segmentation = None;
+            assert!(frame.finish_checksum());
+            assert_eq!(frame.offload.needs_checksum, None);
+            let (_, at) = packet::payload(frame.bytes()).unwrap();
+            let ip = packet::ip(frame.bytes(), at).unwrap();
+            let (source, destination) =
+                (IpAddress::from(ip.source), IpAddress::from(ip.destination));
+            let transport = ip.payload(frame.bytes());
+            let right = match kind {
+                SegmentationKind::Udp => UdpPacket::new_checked(transport)
+                    .unwrap()
+                    .verify_checksum(&source, &destination),
+                _ => TcpPacket::new_checked(transport)
+                    .unwrap()
+                    .verify_checksum(&source, &destination),
+            };
+            assert!(right);
+        }
+    }
+
+    #[test]
+    fn packets_of_no_size_are_refused() {
+        let frame = large(SegmentationKind::Tcp4, false, 1000, 1, 0);
+        assert_eq!(frame.segments().unwrap_err(), SegmentsError::TooSmall(1));
+        let frame = large(SegmentationKind::Tcp4, true, 1000, 500, 0);
+        assert_eq!(frame.segments().unwrap_err(), SegmentsError::WrongHeaders);
     }
 }

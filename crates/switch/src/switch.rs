@@ -1,115 +1,27 @@
 //! The switch: ports, and the way of a frame from one to others.
 
 use std::collections::VecDeque;
+use std::net::IpAddr;
 use std::time::Duration;
 
+use crate::config::{Mirror, PortConfig, PortId, SwitchConfig, SwitchError};
 use crate::counters::{DropReason, PortCounters};
-use crate::frame::{Frame, MAX_FRAME};
-use crate::packet::{self, Mac};
+use crate::frame::{Captured, Frame, MAX_FRAME};
+use crate::gateway::reply;
+use crate::guard::{Claims, Sender};
+use crate::packet::{self, Content, Mac};
+use crate::policy::{Connections, Direction, Group, GroupId, Policy};
 use crate::pool::Pool;
-use crate::port::{Capabilities, Port};
-use crate::queue::{CLASSES, QueueConfig, QueueCounters, Queues, class_of};
-use crate::rate::{Bucket, Limit, Rate};
+use crate::port::Port;
+use crate::queue::{CLASSES, QueueCounters, Queues, class_of};
+use crate::rate::{Bucket, Limit};
 use crate::segment::Segments;
 use crate::table::MacTable;
 use crate::time::Time;
-use crate::vlan::{Vid, VlanMode};
+use crate::vlan::Vid;
 
 /// How often learned addresses are aged.
 const AGE_EVERY: Duration = Duration::from_secs(5);
-
-/// A port of a switch. The number of a removed port is used again.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PortId(u32);
-
-impl PortId {
-    pub(crate) fn index(self) -> usize {
-        self.0 as usize
-    }
-
-    /// Its number, from 0.
-    pub fn number(self) -> u32 {
-        self.0
-    }
-}
-
-/// What a switch is to be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SwitchConfig {
-    /// Ports at most.
-    pub ports_max: usize,
-    /// Learned addresses at most.
-    pub addresses_max: usize,
-    /// How long an address that is not seen stays known.
-    pub ageing: Duration,
-    /// Small buffers that are kept to be used again.
-    pub pool: usize,
-}
-
-impl Default for SwitchConfig {
-    fn default() -> SwitchConfig {
-        SwitchConfig {
-            ports_max: 1024,
-            addresses_max: 16_384,
-            ageing: Duration::from_secs(300),
-            pool: 4096,
-        }
-    }
-}
-
-/// What a port is to be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PortConfig {
-    /// Its name in statistics and captures.
-    pub name: String,
-    /// What its receiver takes without help.
-    pub capabilities: Capabilities,
-    /// Longest payload of an Ethernet frame that leaves here, bytes, once segmented.
-    pub mtu: u16,
-    /// Its VLANs.
-    pub vlan: VlanMode,
-    /// Priority of frames that say none, 0 to 7.
-    pub priority: u8,
-    /// An isolated port exchanges frames with ports that are not isolated only.
-    pub isolated: bool,
-    /// What it may send. Its owner should ask [`Switch::may_receive`] and wait; what comes too early is dropped.
-    pub ingress: Limit,
-    /// What it gets. The rest waits in its queues.
-    pub egress: Limit,
-    /// Frames per second to many or unknown receivers that it may send.
-    pub flood: Option<Rate>,
-    /// Its egress queues.
-    pub queues: QueueConfig,
-}
-
-impl Default for PortConfig {
-    /// An untagged port of VLAN 1 with an MTU of 1500 and no limits.
-    fn default() -> PortConfig {
-        PortConfig {
-            name: String::new(),
-            capabilities: Capabilities::default(),
-            mtu: 1500,
-            vlan: VlanMode::default(),
-            priority: 0,
-            isolated: false,
-            ingress: Limit::default(),
-            egress: Limit::default(),
-            flood: None,
-            queues: QueueConfig::default(),
-        }
-    }
-}
-
-/// Why a port cannot be.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum SwitchError {
-    /// The switch has all the ports that it may have.
-    #[error("the switch has {0} ports already and takes no more")]
-    TooManyPorts(usize),
-    /// There is no such port.
-    #[error("the switch has no port {0}")]
-    NoSuchPort(u32),
-}
 
 #[derive(Debug)]
 struct PortState {
@@ -119,6 +31,7 @@ struct PortState {
     ingress: Bucket,
     egress: Bucket,
     flood: Option<Bucket>,
+    connections: Connections,
     /// A frame that its receiver gave back.
     returned: Option<Frame>,
     /// A frame under way in pieces.
@@ -137,6 +50,7 @@ impl PortState {
             ingress: Bucket::new(config.ingress, now),
             egress: Bucket::new(config.egress, now),
             flood: flood(&config, now),
+            connections: Connections::new(config.connections_max),
             returned: None,
             segments: None,
             held: None,
@@ -160,6 +74,8 @@ struct Way {
     from: PortId,
     vid: Vid,
     pcp: u8,
+    /// What is in it, if any port wants to know.
+    content: Option<Result<Content, packet::Malformed>>,
 }
 
 /// A layer-2 switch. See the crate's first page.
@@ -171,6 +87,16 @@ pub struct Switch {
     pool: Pool,
     ready: VecDeque<PortId>,
     age_at: Time,
+    policy: Policy,
+    claims: Claims,
+    /// Single addresses of ports, which no other guarded port may take.
+    reserved: Vec<(PortId, IpAddr)>,
+    /// Ports that get copies, and of what.
+    mirrors: Vec<(PortId, Mirror)>,
+    /// Whether any port is guarded or filtered.
+    inspect: bool,
+    /// Port whose connections are timed out next.
+    purge_next: usize,
 }
 
 impl Switch {
@@ -182,6 +108,12 @@ impl Switch {
             pool: Pool::new(config.pool),
             ready: VecDeque::new(),
             age_at: now.after(AGE_EVERY),
+            policy: Policy::default(),
+            claims: Claims::default(),
+            reserved: Vec::new(),
+            mirrors: Vec::new(),
+            inspect: false,
+            purge_next: 0,
             config,
         }
     }
@@ -202,6 +134,7 @@ impl Switch {
             Some(slot) => *slot = state,
             None => self.ports.push(state),
         }
+        self.ports_changed();
         Ok(PortId(id))
     }
 
@@ -221,6 +154,7 @@ impl Switch {
             state.ingress = Bucket::new(config.ingress, now);
             state.egress = Bucket::new(config.egress, now);
             state.flood = flood(&config, now);
+            state.connections.set_limit(config.connections_max);
             state.held = None;
             let moved = state.config.vlan != config.vlan;
             state.config = config;
@@ -228,7 +162,9 @@ impl Switch {
         };
         if moved {
             self.table.forget(port);
+            self.claims.forget(port);
         }
+        self.ports_changed();
         self.list(port);
         Ok(())
     }
@@ -239,9 +175,137 @@ impl Switch {
             *slot = None;
         }
         self.table.forget(port);
+        self.claims.forget(port);
+        self.ports_changed();
         self.ready.retain(|&other| other != port);
         for state in self.ports.iter_mut().flatten() {
             state.queues.forget(port.index());
+        }
+    }
+
+    /// Derives what follows from the ports' configuration.
+    fn ports_changed(&mut self) {
+        let ports = || self.ports.iter().flatten().map(|state| &state.config);
+        let groups = ports().map(|config| {
+            let groups = config.groups.as_deref().unwrap_or_default();
+            (groups, config.addresses.as_slice())
+        });
+        self.policy.set_members(groups);
+        self.inspect = ports().any(|config| config.guard.is_some() || config.groups.is_some());
+        self.reserved.clear();
+        self.mirrors.clear();
+        for (index, state) in self.ports.iter().enumerate() {
+            let Some(state) = state else {
+                continue;
+            };
+            let id = PortId(index as u32);
+            self.mirrors
+                .extend(state.config.mirror.map(|what| (id, what)));
+            let single = state.config.addresses.iter();
+            let single = single.filter(|network| network.prefix_len() == network.max_prefix_len());
+            self.reserved
+                .extend(single.map(|network| (id, network.addr())));
+        }
+    }
+
+    /// Sets what a security group is. It applies at once, to live connections too (see [`crate::policy`]).
+    pub fn set_group(&mut self, id: GroupId, group: Group) {
+        self.policy.set(id, group);
+        self.ports_changed();
+    }
+
+    /// Removes a security group.
+    pub fn remove_group(&mut self, id: GroupId) {
+        self.policy.remove(id);
+        self.ports_changed();
+    }
+
+    /// What a group is, and how many connections each of its rules has let through.
+    pub fn group(&self, id: GroupId) -> Option<(&Group, &[u64])> {
+        self.policy.get(id)
+    }
+
+    /// Connections that are tracked for a port.
+    pub fn connections(&self, port: PortId) -> Option<usize> {
+        Some(self.ports.get(port.index())?.as_ref()?.connections.len())
+    }
+
+    /// Tells the network where a port's machine is now, after a move: reverse ARP for its Ethernet addresses, gratuitous
+    /// ARP and neighbour advertisements for its single IP addresses.
+    pub fn announce(&mut self, port: PortId, now: Time) {
+        let Some(config) = self.port(port).cloned() else {
+            return;
+        };
+        let macs = config.guard.map(|guard| guard.macs).unwrap_or_default();
+        let vids: Vec<Vid> = (1..=4094)
+            .filter_map(Vid::new)
+            .filter(|vid| config.vlan.carries(*vid))
+            .collect();
+        for vid in vids {
+            for mac in &macs {
+                self.table.learn(vid, *mac, port, now);
+                let way = Way {
+                    from: port,
+                    vid,
+                    pcp: config.priority & 7,
+                    content: None,
+                };
+                let single = config.addresses.iter();
+                let single =
+                    single.filter(|network| network.prefix_len() == network.max_prefix_len());
+                let mut frames = vec![reply::rarp(&mut self.pool, *mac)];
+                frames.extend(single.filter_map(|network| match network.addr() {
+                    IpAddr::V4(address) => {
+                        Some(reply::gratuitous_arp(&mut self.pool, *mac, address))
+                    }
+                    IpAddr::V6(address) => {
+                        reply::unsolicited_advertisement(&mut self.pool, *mac, address)
+                    }
+                }));
+                for frame in frames {
+                    let content = packet::content(frame.bytes());
+                    let way = Way {
+                        content: self.inspect.then_some(content),
+                        ..way
+                    };
+                    if let Err((frame, _)) = self.flood(way, frame, now) {
+                        self.pool.put(frame);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives mirror ports a copy of what `port` sent (in) or gets (out).
+    fn mirror(&mut self, port: PortId, direction: Direction, frame: &Frame, now: Time) {
+        for index in 0..self.mirrors.len() {
+            let Some(&(to, what)) = self.mirrors.get(index) else {
+                return;
+            };
+            let wanted = to != port && matches!(what, Mirror::Port(one) if one == port)
+                || what == Mirror::All;
+            if !wanted || self.mirrors.iter().any(|(mirror, _)| *mirror == port) {
+                continue;
+            }
+            let mut copy = self.pool.duplicate(frame);
+            copy.captured = Some(Captured {
+                port,
+                direction,
+                time: now,
+            });
+            let Some(state) = self
+                .ports
+                .get_mut(to.index())
+                .and_then(Option::as_deref_mut)
+            else {
+                continue;
+            };
+            let pool = &mut self.pool;
+            let dropped = state
+                .queues
+                .push(port.index(), 1, copy, |frame| pool.put(frame));
+            state.counters.drop(DropReason::QueueFull, dropped as u64);
+            self.list(to);
         }
     }
 
@@ -293,6 +357,9 @@ impl Switch {
             return;
         };
         state.counters.received.add(frame.len());
+        if !self.mirrors.is_empty() {
+            self.mirror(port, Direction::In, &frame, now);
+        }
         if let Err((frame, reason)) = self.forward(port, frame, now) {
             if let Some(state) = self.state(port) {
                 state.counters.drop(reason, 1);
@@ -351,20 +418,28 @@ impl Switch {
         }
         let tag = packet::tag(frame.bytes());
         let state = self.state(port).ok_or(DropReason::PortDown)?;
+        if state.config.mirror.is_some() {
+            return Err(DropReason::PortDown);
+        }
         let classified = state.config.vlan.classify(tag).ok_or(DropReason::Vlan)?;
         if !state.ingress.pass(len as u64, packets(frame), now) {
             return Err(DropReason::RateLimit);
         }
-        let way = Way {
+        let mut way = Way {
             from: port,
             vid: classified.vid,
             pcp: classified.pcp.unwrap_or(state.config.priority & 7),
+            content: None,
         };
         if classified.strip {
             frame.pop_tag();
             if frame.len() < packet::ETHERNET_HEADER {
                 return Err(DropReason::Malformed);
             }
+        }
+        if self.inspect {
+            way.content = Some(packet::content(frame.bytes()));
+            self.may_send(way, frame, now)?;
         }
         if !self.table.learn(way.vid, source, port, now)
             && let Some(state) = self.state(port)
@@ -374,6 +449,40 @@ impl Switch {
         Ok((way, destination))
     }
 
+    /// Whether the sender is who it says, and its rules let the frame out.
+    fn may_send(&mut self, way: Way, frame: &Frame, now: Time) -> Result<(), DropReason> {
+        let state = self
+            .ports
+            .get_mut(way.from.index())
+            .and_then(Option::as_deref_mut);
+        let state = state.ok_or(DropReason::PortDown)?;
+        let (guard, groups) = (&state.config.guard, &state.config.groups);
+        if guard.is_none() && groups.is_none() {
+            return Ok(());
+        }
+        let Some(Ok(content)) = way.content else {
+            return Err(DropReason::Malformed);
+        };
+        if let Some(guard) = guard {
+            let mut sender = Sender {
+                guard,
+                port: way.from,
+                vid: way.vid,
+                addresses: &state.config.addresses,
+                reserved: &self.reserved,
+                claims: &mut self.claims,
+            };
+            sender.check(frame.bytes(), content)?;
+        }
+        if let Some(groups) = groups {
+            let rules = (&mut self.policy, groups.as_slice());
+            state
+                .connections
+                .pass(frame.bytes(), content, Direction::Out, rules, now)?;
+        }
+        Ok(())
+    }
+
     /// Whether a frame on this way may leave through `to`.
     fn reaches(&self, way: Way, to: PortId) -> bool {
         let state = |port: PortId| self.ports.get(port.index())?.as_deref();
@@ -381,6 +490,7 @@ impl Switch {
             return false;
         };
         to != way.from
+            && to_state.config.mirror.is_none()
             && to_state.config.vlan.carries(way.vid)
             && !(from_state.config.isolated && to_state.config.isolated)
     }
@@ -419,7 +529,7 @@ impl Switch {
     }
 
     /// Into the queue of a port.
-    fn enqueue(&mut self, way: Way, to: PortId, mut frame: Frame, _now: Time) {
+    fn enqueue(&mut self, way: Way, to: PortId, mut frame: Frame, now: Time) {
         let Some(state) = self
             .ports
             .get_mut(to.index())
@@ -428,9 +538,25 @@ impl Switch {
             self.pool.put(frame);
             return;
         };
-        let payload = frame.len().saturating_sub(packet::ETHERNET_HEADER);
+        if let Some(groups) = &state.config.groups {
+            let rules = (&mut self.policy, groups.as_slice());
+            let passed = match way.content {
+                Some(Ok(content)) => {
+                    let bytes = frame.bytes();
+                    state
+                        .connections
+                        .pass(bytes, content, Direction::In, rules, now)
+                }
+                _ => Err(DropReason::PolicyIn),
+            };
+            if let Err(reason) = passed {
+                state.counters.drop(reason, 1);
+                self.pool.put(frame);
+                return;
+            }
+        }
         if frame.offload.segmentation.is_none()
-            && payload > usize::from(state.config.mtu).saturating_add(4)
+            && payload_len(frame.bytes(), frame.len()) > usize::from(state.config.mtu)
         {
             state.counters.drop(DropReason::TooBig, 1);
             self.pool.put(frame);
@@ -473,6 +599,9 @@ impl Switch {
     /// The next frame for `port`, with nothing left to do that its receiver does not take.
     pub fn take(&mut self, port: PortId, now: Time) -> Option<Frame> {
         let frame = self.take_next(port, now)?;
+        if !self.mirrors.is_empty() && frame.captured.is_none() {
+            self.mirror(port, Direction::Out, &frame, now);
+        }
         if let Some(state) = self.state(port) {
             state.counters.sent.add(frame.len());
         }
@@ -517,6 +646,10 @@ impl Switch {
                 continue;
             }
             match frame.segments() {
+                Ok(segments) if segments.payload_len() > usize::from(state.config.mtu) => {
+                    state.counters.drop(DropReason::TooBig, 1);
+                    self.pool.put(segments.into_frame());
+                }
                 Ok(segments) => state.segments = Some(segments),
                 Err(_) => state.counters.drop(DropReason::BadOffload, 1),
             }
@@ -544,6 +677,13 @@ impl Switch {
         if now >= self.age_at {
             self.table.age(now);
             self.age_at = now.after(AGE_EVERY);
+            // A few ports at a time, so that no tick takes long.
+            for _ in 0..self.ports.len().div_ceil(4) {
+                self.purge_next = (self.purge_next + 1) % self.ports.len().max(1);
+                if let Some(state) = self.state(PortId(self.purge_next as u32)) {
+                    state.connections.purge(now);
+                }
+            }
         }
         for index in 0..self.ports.len() {
             let port = PortId(index as u32);
@@ -563,6 +703,11 @@ fn packets(frame: &Frame) -> u64 {
         Some(how) if how.size > 0 => (frame.len() as u64).div_ceil(u64::from(how.size)),
         _ => 1,
     }
+}
+
+/// Bytes behind the Ethernet header and tags of a frame of `len` bytes.
+fn payload_len(frame: &[u8], len: usize) -> usize {
+    packet::payload(frame).map_or(len, |(_, at)| len.saturating_sub(at))
 }
 
 /// Whether the positions that an offload names lie in the frame.

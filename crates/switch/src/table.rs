@@ -5,8 +5,8 @@ use std::time::Duration;
 use foldhash::quality::RandomState;
 use std::collections::HashMap;
 
+use crate::config::PortId;
 use crate::packet::Mac;
-use crate::switch::PortId;
 use crate::time::Time;
 use crate::vlan::Vid;
 

@@ -1,6 +1,10 @@
 //! Tests of the switch as a whole: who gets which frame.
 
 use super::*;
+use crate::guard::Guard;
+use crate::port::Capabilities;
+use crate::rate::Rate;
+use crate::vlan::VlanMode;
 
 const A: Mac = Mac {
     0: [2, 0, 0, 0, 0, 0xa],
@@ -289,4 +293,272 @@ fn a_storm_is_limited() {
         .unwrap()
         .dropped(DropReason::FloodLimit);
     assert_eq!(dropped, 40);
+}
+
+fn guarded(mac: Mac, addresses: &[&str]) -> PortConfig {
+    PortConfig {
+        addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
+        guard: Some(Guard {
+            macs: vec![mac],
+            ..Guard::default()
+        }),
+        ..access(1)
+    }
+}
+
+fn udp(source: &str, from: Mac, destination: &str, ports: (u16, u16)) -> Frame {
+    let destination: IpAddr = destination.parse().unwrap();
+    let way = reply::Addresses {
+        source_mac: from,
+        destination_mac: packet::multicast(destination).unwrap_or(B),
+        source: source.parse().unwrap(),
+        destination,
+    };
+    reply::udp(&mut Pool::new(1), way, ports, b"data").unwrap()
+}
+
+fn icmp6(source: &str, from: Mac, message: &[u8]) -> Frame {
+    let all: IpAddr = "ff02::1".parse().unwrap();
+    let way = reply::Addresses {
+        source_mac: from,
+        destination_mac: packet::multicast(all).unwrap(),
+        source: source.parse().unwrap(),
+        destination: all,
+    };
+    reply::icmp(&mut Pool::new(1), way, 255, message).unwrap()
+}
+
+#[test]
+fn a_guarded_port_is_who_it_is() {
+    use crate::gateway::ndp;
+    let own = packet::link_local(A).to_string();
+    let gateway = PortConfig {
+        addresses: vec!["fe80::1/128".parse().unwrap()],
+        ..access(1)
+    };
+    let (mut switch, ports) = switch([
+        guarded(A, &["10.0.0.5/32", "fd00::5/128"]),
+        access(1),
+        gateway,
+    ]);
+    let arp = |mac, address: [u8; 4]| reply::gratuitous_arp(&mut Pool::new(1), mac, address.into());
+    let told = |target: &str, mac| ndp::advertisement(target.parse().unwrap(), mac, false);
+    let mut wrong_arp = arp(B, [10, 0, 0, 5]);
+    packet::put(wrong_arp.bytes_mut(), 6, &A.0);
+    let mut inner_tag = udp("10.0.0.5", A, "10.0.0.9", (1, 2));
+    inner_tag.push_tag(packet::ethertype::VLAN, 7);
+    inner_tag.push_tag(packet::ethertype::VLAN, 0);
+    let cases = [
+        (udp("10.0.0.5", A, "10.0.0.9", (1, 2)), None),
+        (
+            udp("10.0.0.5", B, "10.0.0.9", (1, 2)),
+            Some(DropReason::Spoofed),
+        ),
+        (
+            udp("10.0.0.6", A, "10.0.0.9", (1, 2)),
+            Some(DropReason::Spoofed),
+        ),
+        (udp("0.0.0.0", A, "255.255.255.255", (68, 67)), None),
+        (
+            udp("0.0.0.0", A, "255.255.255.255", (68, 69)),
+            Some(DropReason::Spoofed),
+        ),
+        (
+            udp("10.0.0.5", A, "10.0.0.9", (67, 68)),
+            Some(DropReason::DhcpGuard),
+        ),
+        (
+            udp("fd00::5", A, "fd00::9", (547, 546)),
+            Some(DropReason::DhcpGuard),
+        ),
+        (udp("fd00::5", A, "fd00::9", (5, 546)), None),
+        (
+            udp("fd00::6", A, "fd00::9", (5, 546)),
+            Some(DropReason::Spoofed),
+        ),
+        (udp(&own, A, "fd00::9", (5, 546)), None),
+        (
+            udp("fe80::1", A, "fd00::9", (5, 546)),
+            Some(DropReason::Spoofed),
+        ),
+        (arp(A, [10, 0, 0, 5]), None),
+        (arp(A, [10, 0, 0, 1]), Some(DropReason::Spoofed)),
+        (wrong_arp, Some(DropReason::Spoofed)),
+        (
+            icmp6(
+                &own,
+                A,
+                &[134, 0, 0, 0, 64, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0],
+            ),
+            Some(DropReason::RouterGuard),
+        ),
+        (icmp6(&own, A, &told("fd00::5", A)), None),
+        (
+            icmp6(&own, A, &told("fd00::1", A)),
+            Some(DropReason::Spoofed),
+        ),
+        (
+            icmp6(&own, A, &told("fe80::1", A)),
+            Some(DropReason::Spoofed),
+        ),
+        (
+            icmp6(&own, A, &told("fd00::5", B)),
+            Some(DropReason::Spoofed),
+        ),
+        (
+            icmp6("::", A, &ndp::solicitation("fd00::5".parse().unwrap(), A)),
+            None,
+        ),
+        (
+            icmp6("::", A, &[128, 0, 0, 0, 0, 0, 0, 0]),
+            Some(DropReason::Spoofed),
+        ),
+        (plain(B, A), Some(DropReason::Spoofed)),
+        (inner_tag, Some(DropReason::Vlan)),
+    ];
+    for (index, (frame, reason)) in cases.into_iter().enumerate() {
+        let count = |switch: &Switch| {
+            let counters = switch.counters(ports[0]).unwrap();
+            (
+                counters.dropped_total(),
+                reason.map(|reason| counters.dropped(reason)),
+            )
+        };
+        let (total, of_reason) = count(&switch);
+        switch.receive(ports[0], frame, Time::ZERO);
+        let (total_after, of_reason_after) = count(&switch);
+        assert_eq!(
+            total_after - total,
+            u64::from(reason.is_some()),
+            "case {index}"
+        );
+        assert_eq!(
+            of_reason_after,
+            of_reason.map(|count| count + 1),
+            "case {index}"
+        );
+        assert_eq!(
+            all(&mut switch, ports[1]).len(),
+            usize::from(reason.is_none()),
+            "case {index}"
+        );
+    }
+}
+
+#[test]
+fn link_local_addresses_belong_to_whoever_came_first() {
+    let (mut switch, ports) = switch([guarded(A, &[]), guarded(B, &[]), access(1)]);
+    let hello = |from, source: &str| icmp6(source, from, &[128, 0, 0, 0, 0, 0, 0, 0]);
+    switch.receive(ports[0], hello(A, "fe80::aaaa"), Time::ZERO);
+    switch.receive(ports[1], hello(B, "fe80::aaaa"), Time::ZERO);
+    assert_eq!(all(&mut switch, ports[2]).len(), 1);
+    for number in 0..20 {
+        switch.receive(ports[0], hello(A, &format!("fe80::{number}")), Time::ZERO);
+    }
+    assert_eq!(all(&mut switch, ports[2]).len(), 3);
+    switch.remove_port(ports[0]);
+    switch.receive(ports[1], hello(B, "fe80::aaaa"), Time::ZERO);
+    assert_eq!(all(&mut switch, ports[2]).len(), 1);
+}
+
+#[test]
+fn a_mirror_sees_both_directions_and_says_nothing() {
+    let mirror = PortConfig {
+        mirror: Some(Mirror::All),
+        ..access(1)
+    };
+    let (mut switch, ports) = switch([access(1), trunk(None, &[1]), mirror]);
+    switch.receive(ports[0], plain(B, A), Time::from_nanos(5));
+    let out = all(&mut switch, ports[1]);
+    let seen = all(&mut switch, ports[2]);
+    assert_eq!(seen.len(), 2);
+    assert_eq!(seen[0].bytes(), plain(B, A).bytes());
+    let first = seen[0].captured.unwrap();
+    assert_eq!(
+        (first.port, first.direction, first.time.nanos()),
+        (ports[0], Direction::In, 5)
+    );
+    assert_eq!(seen[1].bytes(), out[0].bytes());
+    let second = seen[1].captured.unwrap();
+    assert_eq!((second.port, second.direction), (ports[1], Direction::Out));
+    assert_eq!(all(&mut switch, ports[2]), []);
+    switch.receive(ports[2], plain(B, A), Time::ZERO);
+    assert_eq!(all(&mut switch, ports[1]), []);
+    assert_eq!(
+        switch
+            .counters(ports[2])
+            .unwrap()
+            .dropped(DropReason::PortDown),
+        1
+    );
+}
+
+#[test]
+fn a_move_is_announced() {
+    let (mut switch, ports) = switch([
+        guarded(A, &["10.0.0.5/32", "fd00::5/128"]),
+        access(1),
+        access(1),
+    ]);
+    switch.receive(ports[1], plain(B, A), Time::ZERO);
+    all(&mut switch, ports[2]);
+    switch.announce(ports[0], Time::ZERO);
+    let said = all(&mut switch, ports[2]);
+    let kinds: Vec<_> = said
+        .iter()
+        .map(|frame| packet::get_u16(frame.bytes(), 12).unwrap())
+        .collect();
+    assert_eq!(kinds, [0x8035, 0x0806, 0x86dd]);
+    assert_eq!(
+        switch.addresses().find(vid(1), A, Time::ZERO),
+        Some(ports[0])
+    );
+}
+
+#[test]
+fn large_frames_are_cut_only_for_receivers_that_need_it() {
+    use crate::{NeedsChecksum, Segmentation, SegmentationKind};
+    let takes_all = PortConfig {
+        capabilities: Capabilities::ALL,
+        ..access(1)
+    };
+    let (mut switch, ports) = switch([access(1), takes_all, access(1)]);
+    let way = reply::Addresses {
+        source_mac: A,
+        destination_mac: Mac::BROADCAST,
+        source: "10.0.0.1".parse().unwrap(),
+        destination: "10.0.0.2".parse().unwrap(),
+    };
+    let mut large = reply::udp(switch.pool(), way, (1, 2), &[7; 10_000]).unwrap();
+    large.offload.needs_checksum = Some(NeedsChecksum {
+        start: 34,
+        offset: 6,
+    });
+    large.offload.segmentation = Some(Segmentation {
+        kind: SegmentationKind::Udp,
+        size: 1000,
+        header_len: 42,
+    });
+    switch.receive(ports[0], large.clone(), Time::ZERO);
+    let whole = all(&mut switch, ports[1]);
+    assert_eq!(whole, [large]);
+    let cut = all(&mut switch, ports[2]);
+    assert_eq!(cut.len(), 10);
+    assert!(
+        cut.iter()
+            .all(|frame| frame.len() == 42 + 1000 && frame.offload.needs_checksum.is_none())
+    );
+    // Too long for a wire, and nothing says how to cut it.
+    switch.receive(
+        ports[0],
+        reply::udp(&mut Pool::new(1), way, (1, 2), &[7; 1473]).unwrap(),
+        Time::ZERO,
+    );
+    assert_eq!(
+        switch
+            .counters(ports[2])
+            .unwrap()
+            .dropped(DropReason::TooBig),
+        1
+    );
 }
