@@ -13,6 +13,8 @@
 //!   engine when it touches a page that the engine watches because it translated code from it.
 //!   Engines write guest RAM by the slot's host address and report with [`GuestMemory::mark_dirty`] themselves.
 //!
+//! [`SharedMemory`] is for what two processes of the host share, such as a ring of packets: never guest RAM.
+//!
 //! ```
 //! use strata_memory::{Gpa, GuestMemory, Layout};
 //!
@@ -43,6 +45,7 @@ mod bitmap;
 mod guest;
 mod layout;
 mod region;
+mod shared;
 mod slot;
 
 #[cfg(test)]
@@ -52,6 +55,7 @@ pub use address::{Gpa, GpaRange, PAGE_SHIFT, PAGE_SIZE, PHYS_LIMIT};
 pub use guest::{GuestMemory, Mapping, WriteObserver};
 pub use layout::{Layout, LayoutError};
 pub use region::Protection;
+pub use shared::SharedMemory;
 pub use slot::{Slot, SlotId, SlotKind, SlotTable};
 
 /// Why an access to, or a change of, guest memory failed.
@@ -88,6 +92,9 @@ pub enum MemoryError {
     /// The file ended before the transfer did.
     #[error("the file ends before byte {0}")]
     FileTooShort(u64),
+    /// A file that a peer gave us cannot be mapped: its length is not what was agreed, or it can be cut.
+    #[error("the shared memory is not a file of {0} bytes that nobody can shrink")]
+    NotSealed(u64),
     /// The host refused a file transfer.
     #[error("transfer between guest memory and a file failed")]
     File(#[source] std::io::Error),

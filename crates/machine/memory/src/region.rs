@@ -60,6 +60,11 @@ fn host_error(operation: &'static str) -> MemoryError {
 impl Region {
     /// `size` bytes of zeros, `size` being a positive multiple of the page size.
     pub(crate) fn new(name: &CStr, size: u64) -> Result<Region, MemoryError> {
+        Region::map(sealed_memfd(name, size)?, size)
+    }
+
+    /// Maps a file of `size` bytes that nobody can shrink.
+    pub(crate) fn map(file: OwnedFd, size: u64) -> Result<Region, MemoryError> {
         let too_big = |operation| MemoryError::Host {
             operation,
             source: io::Error::from_raw_os_error(libc::ENOMEM),
@@ -68,7 +73,6 @@ impl Region {
         let reserved = bytes
             .checked_add(2 * GUARD)
             .ok_or_else(|| too_big("a mapping"))?;
-        let file = sealed_memfd(name, size)?;
         // SAFETY: an anonymous reservation at an address of the kernel's choice touches no existing mapping.
         let reservation = unsafe {
             libc::mmap(
