@@ -11,12 +11,14 @@ mod place;
 mod run;
 mod session;
 pub mod stress;
+mod tools;
 
 pub use campaign::slice;
 pub use disk::RootDisk;
 pub use place::{Need, WORKBENCH, ready, shared, skip};
 pub use run::{Finished, Strata};
 pub use session::Session;
+pub use tools::{given, tool, workshop};
 
 /// SHA-256 of `bytes` in lower-case hexadecimal, as `sha256sum` prints it.
 pub fn sha256(bytes: &[u8]) -> String {

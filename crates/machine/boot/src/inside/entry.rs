@@ -39,13 +39,19 @@ pub(super) fn loader_entry(name: &str, text: &str) -> Option<BootEntry> {
     (!entry.kernel.is_empty()).then_some(entry)
 }
 
-/// The default of an `extlinux.conf`, or its first entry.
+/// The default of an `extlinux.conf`, or its first entry. Of a menu, whose program is then the default, it is the entry
+/// that says so itself.
 pub(super) fn extlinux(text: &str) -> Option<BootEntry> {
     let mut default = None;
     let mut entries: Vec<(String, BootEntry)> = Vec::new();
     for line in text.lines() {
         let (key, value) = split_word(line);
         let key = key.to_ascii_lowercase();
+        if let ("menu", Some((label, _))) = (key.as_str(), entries.last())
+            && value.eq_ignore_ascii_case("default")
+        {
+            default = Some(label.clone());
+        }
         let entry = entries.last_mut().map(|(_, entry)| entry);
         match (key.as_str(), entry) {
             ("default", _) => default = Some(value.to_owned()),
