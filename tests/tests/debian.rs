@@ -96,7 +96,7 @@ fn orders_that_cannot_be_filled_are_refused_in_a_sentence() {
     build("mine --from debian --mirror ftp://x")
         .expect_error(64, &["'ftp://x' is not the address of a mirror"]);
     build("mine --from debain").expect_error(66, &["did you mean 'debian'?"]);
-    build("mine --from tiny --package gcc").expect_error(64, &["has no root disk", "--package"]);
+    build("mine --from tiny --size 2G").expect_error(64, &["has no root disk", "--size"]);
     build("tiny --from debian").expect_error(64, &["'tiny' is the name of an image of its own"]);
     build("Mine --from debian").expect_error(64, &["'Mine' is not an image name"]);
     build("mine --from debian --ssh-key /dev/null").expect_error(65, &["is not a public key"]);

@@ -162,7 +162,7 @@ pub enum ImageCommand {
 /// Arguments of `image build`.
 #[derive(Debug, Args)]
 pub struct BuildArgs {
-    /// Its name: a recipe's, or with --from one of your own
+    /// Its name: a recipe's, or with --from one of your own, which can then be built anew by its name alone
     pub name: String,
     /// Make an image of your own from this recipe
     #[arg(long, value_name = "RECIPE")]

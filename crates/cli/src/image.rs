@@ -25,7 +25,10 @@ pub fn run(command: &ImageCommand) -> Result<(), Failure> {
         ImageCommand::Ls { json } => list(&store, *json),
         ImageCommand::Build(args) => {
             let name = &args.name;
-            let order = order(args)?;
+            let order = match &args.from {
+                Some(_) => order(args)?,
+                None => again(&store, args)?.map_or_else(|| order(args), Ok)?,
+            };
             let image = build(name, |progress| {
                 store.build(name, &order, &OwnMachines, progress)
             })?;
@@ -40,11 +43,34 @@ pub fn run(command: &ImageCommand) -> Result<(), Failure> {
 }
 
 /// The image that a machine is to be made from, built first if it is missing or out of date.
+///
+/// One that its owner named and made stays as it is, and is said to be old when it is.
 pub fn find_or_build(name: &str) -> Result<Image, Failure> {
     let store = store()?;
-    build(name, |progress| {
+    let image = build(name, |progress| {
         store.get_or_build(name, &OwnMachines, progress)
-    })
+    })?;
+    if image.manifest.is_own() && !image.is_current() {
+        let note = format!(
+            "strata: the image '{name}' was made by another version of Strata; 'strata image build {name}' makes it anew"
+        );
+        // Nobody who reads it is no reason not to run.
+        let _ = output::error_line(&note);
+    }
+    Ok(image)
+}
+
+/// What the image of this name was made of, if it is somebody's own and there.
+fn again(store: &Store, args: &BuildArgs) -> Result<Option<Order>, Failure> {
+    let manifests = store.list().map_err(|error| failure(&error))?;
+    let own = manifests
+        .into_iter()
+        .find(|manifest| manifest.name == args.name && manifest.is_own());
+    let order = own.and_then(|manifest| manifest.order);
+    Ok(order.map(|order| Order {
+        mirror: args.mirror.clone().or(order.mirror.clone()),
+        ..order
+    }))
 }
 
 fn order(args: &BuildArgs) -> Result<Order, Failure> {
@@ -268,6 +294,9 @@ fn about(manifest: &Manifest) -> String {
     let mut about = format!("from {}", order.from);
     if !order.packages.is_empty() {
         about.push_str(&format!(" with {}", order.packages.join(", ")));
+    }
+    if !manifest.is_current() {
+        about.push_str(" (out of date)");
     }
     about
 }

@@ -91,10 +91,8 @@ pub fn run(args: &InfoArgs) -> Result<(), Failure> {
     rows.push(row("jail", String::new()));
     for layer in &info.jail {
         let name = format!("  {}", layer.name);
-        let state = match &layer.refused {
-            None => "in place".to_owned(),
-            Some(reason) => format!("refused: {reason}"),
-        };
+        let state = layer.shortcoming();
+        let state = state.unwrap_or_else(|| "in place".to_owned());
         rows.push(row(&name, state));
     }
     rows.push(row("CPU models", String::new()));

@@ -160,18 +160,18 @@ fn seal(kvm: bool, speaker: &Speaker, survive: bool) -> Layer {
 }
 
 fn require(layers: &[Layer]) -> Result<(), Failure> {
-    let refused: Vec<String> = layers
+    let missing: Vec<String> = layers
         .iter()
-        .filter_map(|layer| Some(format!("{} ({})", layer.name, layer.refused.as_ref()?)))
+        .filter_map(|layer| Some(format!("{} ({})", layer.name, layer.shortcoming()?)))
         .collect();
-    if refused.is_empty() {
+    if missing.is_empty() {
         return Ok(());
     }
     Err(Failure::new(
         ExitCode::Unavailable,
         format!(
             "this host refuses a part of the machine's jail: {}",
-            refused.join(", ")
+            missing.join(", ")
         ),
     ))
 }

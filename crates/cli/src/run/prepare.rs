@@ -185,7 +185,7 @@ fn image_files(image: Image, args: &RunArgs, name: &MachineName, mode: &Mode) ->
     }
     BootFiles {
         kernel: image.kernel,
-        unpacked: None,
+        unpacked: image.unpacked,
         initrd: Some(image.initrd),
         append,
     }

@@ -7,6 +7,9 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
 
+/// Links on the way to a file that are followed, as many as Linux follows.
+const LINKS_MAX: usize = 40;
+
 /// One entry that is not a directory on the way to another (those come by themselves).
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Entry {
@@ -52,6 +55,55 @@ impl Archive {
     /// Adds a character device.
     pub fn character_device(&mut self, path: &str, mode: u32, major: u32, minor: u32) {
         self.insert(path, Entry::CharacterDevice { mode, major, minor });
+    }
+
+    /// Adds another name of a file that is there. False if it is not.
+    pub fn hard_link(&mut self, path: &str, target: &str) -> bool {
+        let entry = self.entries.get(&self.real(target)).cloned();
+        let is_file = matches!(entry, Some(Entry::File { .. }));
+        if let (true, Some(entry)) = (is_file, entry) {
+            self.insert(path, entry);
+        }
+        is_file
+    }
+
+    /// Whether there is a directory.
+    pub fn is_directory(&self, path: &str) -> bool {
+        matches!(self.entries.get(path), Some(Entry::Directory { .. }))
+    }
+
+    /// Whether there is a directory, or a link that may lead to one.
+    pub fn is_directory_or_link(&self, path: &str) -> bool {
+        self.is_directory(path) || matches!(self.entries.get(path), Some(Entry::Symlink { .. }))
+    }
+
+    /// Where a path leads when the directories above it are links: the path behind them.
+    pub fn real(&self, path: &str) -> String {
+        let mut real: Vec<String> = Vec::new();
+        let mut left: Vec<String> = path.split('/').rev().map(str::to_owned).collect();
+        let mut links = 0;
+        while let Some(name) = left.pop() {
+            match name.as_str() {
+                "" | "." => continue,
+                ".." => {
+                    real.pop();
+                    continue;
+                }
+                _ => real.push(name),
+            }
+            if let Some(Entry::Symlink { target }) = self.entries.get(&real.join("/"))
+                && !left.is_empty()
+                && links < LINKS_MAX
+            {
+                links += 1;
+                real.pop();
+                if target.starts_with('/') {
+                    real.clear();
+                }
+                left.extend(target.split('/').rev().map(str::to_owned));
+            }
+        }
+        real.join("/")
     }
 
     /// Whether the path is there already.
@@ -174,6 +226,30 @@ mod tests {
     #[test]
     fn order_of_insertion_does_not_matter() {
         assert_eq!(sample(false), sample(true));
+    }
+
+    #[test]
+    fn paths_lead_through_links() {
+        let mut archive = Archive::default();
+        archive.symlink("usr/bin", "../bin");
+        archive.symlink("sbin", "/usr/bin");
+        archive.symlink("loop", "loop");
+        archive.symlink("bin/sh", "busybox");
+        archive.file("bin/busybox", 0o755, *b"b");
+        for (path, real) in [
+            ("usr/bin/x", "bin/x"),
+            ("sbin/x", "bin/x"),
+            ("usr/lib/x", "usr/lib/x"),
+            // The last link is not followed: what is put there takes its place.
+            ("usr/bin/sh", "bin/sh"),
+            ("./../x", "x"),
+        ] {
+            assert_eq!(archive.real(path), real, "{path}");
+        }
+        assert!(archive.real("loop/x").ends_with('x'));
+        assert!(archive.hard_link("bin/other", "sbin/busybox"));
+        assert!(!archive.hard_link("bin/another", "bin/none"));
+        assert!(archive.contains("bin/other"));
     }
 
     #[test]

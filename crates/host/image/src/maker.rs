@@ -1,6 +1,7 @@
 //! Makes RAM disks: packages in, kernel and RAM disk out.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::path::PathBuf;
 
 use crate::apt::Apt;
@@ -8,16 +9,17 @@ use crate::cpio::Archive;
 use crate::error::ImageError;
 use crate::factory;
 use crate::kmod::{self, ModuleInfo};
+use crate::order::Order;
 use crate::package::Package;
 use crate::progress::{Phase, Progress};
 use crate::recipe::Recipe;
-use crate::tar::Kind;
+use crate::tar::{self, Kind};
 
 /// The guest's first process, built along with this crate.
 pub const INIT: &[u8] = include_bytes!(env!("STRATA_INIT"));
 
 /// Raised when this code makes another image of the same recipe.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Where the init looks for the drivers to load. The form is described in its module `modules`.
 const MODULES_LIST: &str = "etc/strata/modules";
@@ -55,17 +57,39 @@ pub fn fingerprint(recipe: &Recipe) -> String {
 }
 
 /// Fetches the packages and makes an image that is all RAM disk.
-pub fn make(recipe: &Recipe, apt: &Apt, progress: &dyn Progress) -> Result<Made, ImageError> {
+pub fn make(
+    recipe: &Recipe,
+    order: &Order,
+    apt: &Apt,
+    progress: &dyn Progress,
+) -> Result<Made, ImageError> {
     let names: Vec<&str> = recipe.copy.keys().map(String::as_str).collect();
     let packages = apt.fetch(&recipe.kernel, &names, progress)?;
     let (kernel_package, others) = packages
         .split_first()
         .ok_or_else(|| ImageError::package(&recipe.kernel, "missing"))?;
+    let added = match order.packages.as_slice() {
+        [] => Vec::new(),
+        names => {
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            apt.fetch_closure(&names, &[], false, progress)?
+        }
+    };
+    apt.forget_older(added.iter());
 
     progress.phase(Phase::Unpack);
     let kernel = Kernel::read(kernel_package)?;
-    let initrd = write(&ram_disk(recipe, &kernel, others)?)?;
-    let packages = packages.iter().map(|package| package.id.clone()).collect();
+    let mut archive = ram_disk(recipe, &kernel, others)?;
+    for (done, package) in (1..).zip(&added) {
+        add_whole(package, &mut archive)?;
+        progress.advance(done, added.len() as u64);
+    }
+    let initrd = write(&archive)?;
+    let packages = packages
+        .iter()
+        .chain(&added)
+        .map(|package| package.id.clone())
+        .collect();
     Ok(Made {
         kernel: kernel.image,
         initrd,
@@ -198,6 +222,45 @@ impl Kernel {
         archive.file(MODULES_LIST, 0o644, list);
         Ok(())
     }
+}
+
+/// What of a package nobody needs in a RAM disk.
+const LEFT_OUT: [&str; 6] = [
+    "usr/share/doc/",
+    "usr/share/man/",
+    "usr/share/info/",
+    "usr/share/locale/",
+    "usr/share/lintian/",
+    "usr/share/bug/",
+];
+
+/// Puts the files of a package where it has them, in the place of what is there under their names. None of its scripts
+/// runs, and nothing keeps record of it.
+fn add_whole(package: &Package, archive: &mut Archive) -> Result<(), ImageError> {
+    package.contents(|entry, data| {
+        let path = archive.real(&entry.path);
+        if path.is_empty() || LEFT_OUT.iter().any(|left| path.starts_with(left)) {
+            return Ok(());
+        }
+        match &entry.kind {
+            Kind::File(size) => {
+                archive.file(&path, entry.mode & 0o7777, tar::whole(data, *size)?);
+            }
+            Kind::HardLink(target) => {
+                if !archive.hard_link(&path, target) {
+                    let message = format!("'{}' is a link to nothing", entry.path);
+                    return Err(io::Error::other(message));
+                }
+            }
+            // The skeleton says where its directories are.
+            Kind::Directory if archive.is_directory_or_link(&path) => {}
+            Kind::Directory => archive.directory(&path, entry.mode & 0o7777),
+            Kind::Symlink(_) if archive.is_directory(&path) => {}
+            Kind::Symlink(target) => archive.symlink(&path, target),
+            Kind::Other => {}
+        }
+        Ok(())
+    })
 }
 
 /// Copies single files out of a package; of a link, the file that it leads to.

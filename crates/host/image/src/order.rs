@@ -60,7 +60,6 @@ impl Order {
         }
         let Some(disk) = &recipe.disk else {
             let options = [
-                ("--package", !self.packages.is_empty()),
                 ("--size", self.size_mib.is_some()),
                 ("--ssh-key", self.ssh_keys.is_some()),
             ];
@@ -193,13 +192,18 @@ mod tests {
             );
         }
         let order = Order {
-            packages: vec!["gcc".into()],
+            packages: vec!["jq".into()],
+            ..tiny()
+        };
+        check("mine", order).unwrap();
+        let order = Order {
+            size_mib: Some(2048),
             ..tiny()
         };
         assert!(matches!(
             check("mine", order),
             Err(ImageError::NoRootDisk {
-                option: "--package",
+                option: "--size",
                 ..
             })
         ));

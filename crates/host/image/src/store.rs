@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! ROOT/images/NAME.json      manifest: digests, kernel release, command line
-//! ROOT/blobs/sha256/HEX      kernels, RAM disks and root disks, never changed once there
+//! ROOT/blobs/sha256/HEX      kernels (packed and unpacked), RAM disks and root disks, never changed once there
 //! ROOT/verified/HEX          size, times and inode of a blob when its digest was last computed
 //! ROOT/apt/RELEASE…/         the apt roots builds fetch with, one per mirror that was asked for
 //! ROOT/tmp/                  builds under way; whatever a dead one left goes with the next
@@ -63,6 +63,9 @@ pub struct Manifest {
     pub packages: Vec<String>,
     /// A bzImage.
     pub kernel: Blob,
+    /// The ELF file inside it, so that no start has to unpack it; none if it is packed in a way that only the guest knows.
+    #[serde(default)]
+    pub unpacked: Option<Blob>,
     /// A cpio archive.
     pub initrd: Blob,
     /// A raw root disk, with holes where there is nothing.
@@ -95,9 +98,9 @@ impl Manifest {
 
     fn blobs(&self) -> impl Iterator<Item = (Part, &Blob)> {
         let files = [(Part::Kernel, &self.kernel), (Part::Initrd, &self.initrd)];
-        files
-            .into_iter()
-            .chain(self.disk.as_ref().map(|disk| (Part::Disk, disk)))
+        let unpacked = self.unpacked.as_ref().map(|blob| (Part::Unpacked, blob));
+        let disk = self.disk.as_ref().map(|blob| (Part::Disk, blob));
+        files.into_iter().chain(unpacked).chain(disk)
     }
 }
 
@@ -105,6 +108,7 @@ impl Manifest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Part {
     Kernel,
+    Unpacked,
     Initrd,
     Disk,
 }
@@ -113,6 +117,7 @@ impl Part {
     fn name(self) -> &'static str {
         match self {
             Part::Kernel => "kernel",
+            Part::Unpacked => "unpacked kernel",
             Part::Initrd => "initrd",
             Part::Disk => "disk",
         }
@@ -120,7 +125,7 @@ impl Part {
 
     fn digest(self, path: &Path) -> io::Result<String> {
         match self {
-            Part::Kernel | Part::Initrd => digest::of_file(path),
+            Part::Kernel | Part::Unpacked | Part::Initrd => digest::of_file(path),
             Part::Disk => digest::of_disk(path),
         }
     }
@@ -133,6 +138,8 @@ pub struct Image {
     pub manifest: Manifest,
     /// The kernel's file. Never write to it.
     pub kernel: PathBuf,
+    /// The file of the kernel unpacked, if it could be. Never write to it.
+    pub unpacked: Option<PathBuf>,
     /// The RAM disk's file. Never write to it.
     pub initrd: PathBuf,
     /// The root disk's file, if it has one. Never write to it.
@@ -144,7 +151,8 @@ impl Image {
     pub fn size(&self) -> u64 {
         let on_disk = |path: &Path| fs::metadata(path).map_or(0, |data| data.blocks() * 512);
         let disk = self.disk.as_deref().map_or(0, on_disk);
-        self.manifest.kernel.size + self.manifest.initrd.size + disk
+        let unpacked = self.unpacked.as_deref().map_or(0, on_disk);
+        self.manifest.kernel.size + unpacked + self.manifest.initrd.size + disk
     }
 
     /// Whether this version of Strata would build the same: false after its recipe or init has changed.
@@ -233,6 +241,7 @@ impl Store {
         let path = |blob: &Blob| self.blob_path(&blob.sha256);
         Ok(Image {
             kernel: path(&manifest.kernel),
+            unpacked: manifest.unpacked.as_ref().map(path),
             initrd: path(&manifest.initrd),
             disk: manifest.disk.as_ref().map(path),
             manifest,
@@ -293,7 +302,7 @@ impl Store {
             Some(disk) => {
                 factory::make(&recipe, disk, order, &apt, work.path(), workshop, progress)?
             }
-            None => maker::make(&recipe, &apt, progress)?,
+            None => maker::make(&recipe, order, &apt, progress)?,
         };
         progress.phase(Phase::Write);
         self.install(name, order, &recipe, made, work.path())
@@ -309,6 +318,8 @@ impl Store {
         work: &Path,
     ) -> Result<Image, ImageError> {
         let path = self.manifest_path(name)?;
+        // A kernel that cannot be unpacked here unpacks itself.
+        let unpacked = strata_boot::extract_vmlinux(&made.kernel).ok().flatten();
         let manifest = Manifest {
             version: MANIFEST_VERSION,
             name: name.to_owned(),
@@ -321,13 +332,19 @@ impl Store {
             command_line: made.command_line,
             packages: made.packages,
             kernel: self.add_blob(work, Part::Kernel, &made.kernel)?,
+            unpacked: unpacked
+                .map(|kernel| self.add_blob(work, Part::Unpacked, &kernel))
+                .transpose()?,
             initrd: self.add_blob(work, Part::Initrd, &made.initrd)?,
             disk: made
                 .disk
                 .as_deref()
                 .map(|disk| self.add_disk(disk))
                 .transpose()?,
-            memory_mib: recipe.disk.as_ref().map(|disk| disk.memory_mib),
+            memory_mib: match &recipe.disk {
+                Some(disk) => Some(disk.memory_mib),
+                None => memory_for(made.initrd.len()),
+            },
             order: Some(order.clone()),
         };
         let mut text =
@@ -558,6 +575,19 @@ impl Store {
     fn blob_path(&self, digest: &str) -> PathBuf {
         self.root.join("blobs/sha256").join(digest)
     }
+}
+
+/// Memory in MiB of a machine whose RAM disk is so large that the usual size is too little: the archive and what it holds
+/// are both there while the kernel unpacks it.
+fn memory_for(initrd: usize) -> Option<u32> {
+    const SMALL_MIB: usize = 64;
+    const BESIDES_MIB: usize = 256;
+    let mib = initrd.div_ceil(1 << 20);
+    let needed = 2 * mib + BESIDES_MIB;
+    (mib > SMALL_MIB)
+        .then(|| u32::try_from(needed.next_multiple_of(256)).ok())
+        .flatten()
+        .map(|needed| needed.max(512))
 }
 
 /// Writes `data` in `work`, makes sure it is on disk, and moves it to `path`, all or nothing.

@@ -38,22 +38,29 @@ pub fn confine(wish: &Confinement<'_>) -> Vec<Layer> {
         Ok(()) => system(root::empty(&devices)),
         Err(_) => Err("it needs namespaces".to_owned()),
     };
-    let landlock = restrict(&devices);
+    let (landlock, lacks) = match restrict(&devices) {
+        Ok(lacks) => (Ok(()), lacks),
+        Err(refused) => (Err(refused), None),
+    };
+    let landlock = Layer {
+        lacks,
+        ..Layer::new("landlock", landlock)
+    };
     let capabilities = system(drop_capabilities());
     let limits = system(limit());
     vec![
         Layer::new("no-new-privileges", no_new_privileges),
         Layer::new("namespaces", namespaces),
         Layer::new("empty-root", empty_root),
-        Layer::new("landlock", landlock),
+        landlock,
         Layer::new("no-capabilities", capabilities),
         Layer::new("limits", limits),
     ]
 }
 
 /// Landlock: no file but the devices, no TCP port, no socket or process outside. What the kernel's version does not
-/// know is left out.
-fn restrict(devices: &[&Path]) -> Result<(), String> {
+/// know is left out, and said.
+fn restrict(devices: &[&Path]) -> Result<Option<String>, String> {
     let said = |error: &dyn std::error::Error| error.to_string();
     let restrict = || -> Result<RulesetStatus, landlock::RulesetError> {
         let device: BitFlags<AccessFs> =
@@ -73,7 +80,10 @@ fn restrict(devices: &[&Path]) -> Result<(), String> {
     };
     match restrict() {
         Ok(RulesetStatus::NotEnforced) => Err("the kernel does not have it".to_owned()),
-        Ok(_) => Ok(()),
+        Ok(RulesetStatus::PartiallyEnforced) => Ok(Some(
+            "the kernel is older than Linux 6.12 and knows less of it".to_owned(),
+        )),
+        Ok(RulesetStatus::FullyEnforced) => Ok(None),
         Err(error) => Err(said(&error)),
     }
 }

@@ -52,6 +52,9 @@ pub struct Layer {
     /// Why the host refuses it; none if it is in place.
     #[serde(default)]
     pub refused: Option<String>,
+    /// What it lacks of it where it is in place in part only.
+    #[serde(default)]
+    pub lacks: Option<String>,
 }
 
 impl Layer {
@@ -60,6 +63,13 @@ impl Layer {
         Self {
             name: name.to_owned(),
             refused: result.err(),
+            lacks: None,
         }
+    }
+
+    /// What a person is told where it is not whole.
+    pub fn shortcoming(&self) -> Option<String> {
+        let refused = self.refused.as_ref().map(|why| format!("refused: {why}"));
+        refused.or_else(|| self.lacks.as_ref().map(|what| format!("in part: {what}")))
     }
 }
