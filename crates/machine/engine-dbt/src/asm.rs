@@ -93,6 +93,13 @@ impl Asm {
         self.ctx_operand(dst, disp);
     }
 
+    /// `movzx dst32, word [rsp + disp]`.
+    pub fn load_ctx_16(&mut self, dst: u8, disp: u32) {
+        self.rex_opt(false, dst, 0, RSP);
+        self.bytes(&[0x0f, 0xb7]);
+        self.ctx_operand(dst, disp);
+    }
+
     /// `mov [rsp + disp], src`, 64 bits.
     pub fn store_ctx(&mut self, disp: u32, src: u8) {
         self.rex_w(src, 0, RSP);

@@ -67,6 +67,19 @@ pub struct Cpu {
     pub host_mxcsr: u32,
     /// Address of the slow-access callback's environment.
     pub env: u64,
+    /// Scratch of the stubs in `stubs::system`.
+    pub system: [u64; 8],
+    /// Where those stubs go: the stubs `interpret`, `lookup`, `request` and `block_exit`.
+    pub to_stub: [u64; 4],
+    /// Not 0 if `block_exit` must be told where they go on.
+    pub traced: u64,
+    /// By [`Privilege`], not 0 if 64-bit code of CPL 0 or 3 may be entered through the jump cache, neither stepped nor
+    /// with alignment checks.
+    pub fast: [u64; 2],
+    /// Not 0 if IRET need not be followed by a look at what other vCPUs want.
+    pub fast_iret: u64,
+    /// Address of the [`crate::tsc::TscLine`] that RDTSC reads, or 0.
+    pub tsc_line: u64,
     /// Segment bases of ES, CS, SS, DS, FS, GS for emitted code; always equal to `segments[i].base`.
     pub seg_base: [u64; 6],
     /// Where operands that cannot be reached directly are copied. Aligned 64.
@@ -530,7 +543,7 @@ impl Cpu {
 /// Offsets of the fields that emitted code touches.
 pub mod off {
     #![allow(missing_docs)]
-    use super::Cpu;
+    use super::{Cpu, Segment};
     use crate::caches::{JumpCache, SoftTlb};
     use std::mem::offset_of;
 
@@ -547,6 +560,9 @@ pub mod off {
     pub const HOST_RSP: u32 = offset_of!(Cpu, host_rsp) as u32;
     pub const EXIT_REASON: u32 = offset_of!(Cpu, exit_reason) as u32;
     pub const EXIT_INFO: u32 = offset_of!(Cpu, exit_info) as u32;
+    pub const TRACED: u32 = offset_of!(Cpu, traced) as u32;
+    pub const FAST_IRET: u32 = offset_of!(Cpu, fast_iret) as u32;
+    pub const TSC_LINE: u32 = offset_of!(Cpu, tsc_line) as u32;
     pub const MXCSR: u32 = offset_of!(Cpu, mxcsr) as u32;
     pub const HOST_MXCSR: u32 = offset_of!(Cpu, host_mxcsr) as u32;
 
@@ -557,6 +573,33 @@ pub mod off {
     /// Scratch word `n`.
     pub const fn temp(n: u8) -> u32 {
         offset_of!(Cpu, temp) as u32 + n as u32 * 8
+    }
+    /// Scratch word `n` of the system stubs.
+    pub const fn system(n: u32) -> u32 {
+        offset_of!(Cpu, system) as u32 + n * 8
+    }
+    /// Address `n` of the system stubs' ways out.
+    pub const fn to_stub(n: u32) -> u32 {
+        offset_of!(Cpu, to_stub) as u32 + n * 8
+    }
+    /// Whether privilege `n` may be entered through its jump cache.
+    pub const fn fast(n: u32) -> u32 {
+        offset_of!(Cpu, fast) as u32 + n * 8
+    }
+    /// Control register `n`: 0, 2, 3 or 4.
+    pub const fn control(n: usize) -> Option<u32> {
+        match n {
+            0 => Some(offset_of!(Cpu, cr0) as u32),
+            2 => Some(offset_of!(Cpu, cr2) as u32),
+            3 => Some(offset_of!(Cpu, cr3) as u32),
+            4 => Some(offset_of!(Cpu, cr4) as u32),
+            _ => None,
+        }
+    }
+    /// Selector of segment register `n`.
+    pub const fn selector(n: usize) -> u32 {
+        (offset_of!(Cpu, segments) + n * size_of::<Segment>() + offset_of!(Segment, selector))
+            as u32
     }
     /// Base of segment `n`.
     pub const fn seg_base(n: usize) -> u32 {

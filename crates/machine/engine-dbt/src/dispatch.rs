@@ -14,7 +14,7 @@ use strata_memory::Gpa;
 use strata_verify::Inspect;
 
 use crate::code::{BREAKPOINT, BranchSite, CodeMap, Key, Next as After};
-use crate::cpu::{BOUNCE_SIZE, Context, Cpu, flags, request};
+use crate::cpu::{BOUNCE_SIZE, Context, Cpu, control, flags, request};
 use crate::env::{Access, Env, Exec, Fault};
 use crate::interpret::Next;
 use crate::lockstep::{Leader, Tracer};
@@ -82,6 +82,12 @@ impl Translated {
                 block_exit,
             },
         )?;
+        cpu.to_stub = [
+            stubs.interpret,
+            stubs.lookup,
+            stubs.request,
+            stubs.block_exit,
+        ];
         signals::install()?;
         env.me.attach(&mut cpu.request);
         cpu.wait_for_sipi = env.apic.id() != 0;
@@ -433,6 +439,7 @@ impl Translated {
     fn enter(&mut self, bus: &dyn IoBus, entry: u64) -> Option<Fault> {
         // SAFETY: only the lifetime is changed; the pointer is used during this call alone.
         let bus: &'static dyn IoBus = unsafe { std::mem::transmute(bus) };
+        self.prepare();
         let context: *mut Context = &mut *self.cpu;
         // SAFETY: the context lives as long as `self`; its room below the vCPU belongs to the stubs.
         let cpu: *mut Cpu = unsafe { &mut **context };
@@ -462,6 +469,25 @@ impl Translated {
         running.end();
         // SAFETY: it is a field of a value on this stack; translated code wrote it through a pointer.
         unsafe { (&raw const running.fault).read_volatile() }
+    }
+
+    /// Tells the system stubs what they may do until translated code is left.
+    fn prepare(&mut self) {
+        let cpu = &mut *self.cpu;
+        let calls = cpu.efer & control::EFER_SCE != 0 && canonical(cpu.lstar);
+        let looked_at = cpu.watching() || self.debug.step;
+        let usual = !looked_at && calls;
+        let [kernel, user] = self.cached_mode;
+        let fast = |cached, user| u64::from(usual && cached == (Mode::usual(cpu, user), 0));
+        cpu.fast = [fast(kernel, false), fast(user, true)];
+        cpu.fast_iret = u64::from(!self.env.peers.several());
+        cpu.traced = u64::from(self.tracer.is_some());
+        let ticks = matches!(self.env.inputs, Inputs::Live) && cpu.cr4 & control::CR4_TSD == 0;
+        cpu.tsc_line = if ticks {
+            self.env.tsc.line().addr() as u64
+        } else {
+            0
+        };
     }
 
     /// Runs one instruction in the interpreter.
@@ -551,6 +577,7 @@ impl Vcpu<X86> for Translated {
         let _guard = ThreadGuard::enter(&mut *self.frame)?;
         self.env.slots = self.env.memory.slots();
         self.cpu.load_fpu();
+        self.env.tsc.resume(&self.env.clock);
         self.env.peers.enter(&self.env.me);
         let result = self.run_loop(bus);
         self.env.peers.leave(&self.env.me);

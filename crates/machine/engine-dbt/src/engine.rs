@@ -18,6 +18,7 @@ use crate::env::{Doorbells, Env};
 use crate::kick::Timers;
 use crate::peers::{Peers, VCPUS_MAX};
 use crate::translate::Options;
+use crate::tsc::Tsc;
 
 /// What a translator is made from.
 pub struct TranslatorConfig {
@@ -66,6 +67,7 @@ pub fn check_host() -> Result<(), EngineError> {
 pub struct Translator {
     memory: GuestMemory,
     clock: Arc<MachineClock>,
+    tsc: Arc<Tsc>,
     model: Arc<CpuModel>,
     options: Options,
     lockstep: u64,
@@ -107,6 +109,7 @@ impl Translator {
             memory: config.memory,
             model: Arc::new(config.model.translated()),
             clock: config.clock,
+            tsc: Arc::default(),
             options: Options {
                 reference: config.reference,
                 count: config.count || config.lockstep > 0,
@@ -158,6 +161,7 @@ impl Translator {
             memory: self.memory.clone(),
             model: Arc::clone(&self.model),
             clock: Arc::clone(&self.clock),
+            tsc: Arc::clone(&self.tsc),
             apic,
             peers: Arc::clone(&self.peers),
             me: shared,

@@ -14,6 +14,7 @@ use crate::apic::Apic;
 use crate::cpu::Cpu;
 use crate::kick::VcpuShared;
 use crate::peers::Peers;
+use crate::tsc::Tsc;
 
 /// A guest exception to be delivered. Everything architectural is as before the instruction.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -86,6 +87,8 @@ pub struct Env {
     pub model: Arc<CpuModel>,
     /// Machine time.
     pub clock: Arc<MachineClock>,
+    /// The time-stamp counter, which follows it.
+    pub tsc: Arc<Tsc>,
     /// This vCPU's local APIC.
     pub apic: Arc<Apic>,
     /// The vCPUs of the machine.

@@ -47,5 +47,6 @@ pub mod table;
 #[cfg(test)]
 mod tests;
 pub mod translate;
+pub mod tsc;
 
 pub use engine::{Translator, TranslatorConfig, check_host};

@@ -139,6 +139,7 @@ impl Leader {
             memory,
             model: Arc::clone(&vcpu.env().model),
             clock: Arc::clone(&vcpu.env().clock),
+            tsc: Arc::clone(&vcpu.env().tsc),
             apic,
             peers,
             me,

@@ -10,6 +10,10 @@ use crate::asm::reg::{R8, R9, R10, R11, RAX, RBX, RCX, RDI, RSI, RSP};
 use crate::code::CodeMap;
 use crate::cpu::{Cpu, off};
 
+pub mod system;
+
+use system::SystemStubs;
+
 /// Why translated code came back: values of `Cpu::exit_reason`.
 pub mod reason {
     /// The block at `Cpu::rip` must be found.
@@ -51,6 +55,8 @@ pub struct Stubs {
     pub stored: u64,
     /// Called with R10 = target RIP at every exit of a traced block. Keeps R10.
     pub block_exit: u64,
+    /// What kernels do all the time.
+    pub system: SystemStubs,
 }
 
 /// The Rust functions that the stubs call.
@@ -211,6 +217,8 @@ pub fn build(code: &mut CodeMap, callbacks: &Callbacks) -> Result<Stubs, EngineE
     let block_exit = call(callbacks.block_exit, true);
 
     let address = |here| asm.address(here);
+    code.append(&asm.code)?;
+    let system = system::append(code)?;
     let stubs = Stubs {
         enter: address(enter),
         lookup: address(lookup),
@@ -222,8 +230,8 @@ pub fn build(code: &mut CodeMap, callbacks: &Callbacks) -> Result<Stubs, EngineE
         commit: address(commit),
         stored: address(stored),
         block_exit: address(block_exit),
+        system,
     };
-    code.append(&asm.code)?;
     code.reserve();
     Ok(stubs)
 }

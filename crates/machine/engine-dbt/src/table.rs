@@ -49,6 +49,8 @@ pub enum Treatment {
     Sti,
     /// PUSHF in 64-bit mode.
     PushFlags,
+    /// Run by a stub in the usual case, by the interpreter in all others.
+    System,
     /// Run by the interpreter.
     Interpret,
     /// Not an instruction of this CPU model: #UD.
@@ -296,6 +298,9 @@ pub fn treatment(instr: &Instruction, features: &FeatureSet, context: Context) -
     // Outside of 64-bit code they leave the upper eight registers alone.
     let lower_half = context.bits != 64 && matches!(instr.mnemonic(), M::Vzeroall | M::Vzeroupper);
     if interpreted(instr) || lower_half {
+        if context.bits == 64 && has_stub(instr, context.cpl0) {
+            return Treatment::System;
+        }
         return Treatment::Interpret;
     }
     let vector = uses_vector(instr);
@@ -432,6 +437,23 @@ fn uses_x87(instr: &Instruction) -> bool {
 }
 
 /// Sensitive or unusual instructions that the interpreter runs, among those whose features are present.
+/// True for instructions that `translate::system` knows, in 64-bit code.
+fn has_stub(instr: &Instruction, cpl0: bool) -> bool {
+    use Mnemonic as M;
+    match instr.mnemonic() {
+        M::Syscall | M::Rdtsc | M::Rdtscp | M::Cld => true,
+        M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase => true,
+        M::Swapgs | M::Sysretq | M::Iretq | M::Popfq => cpl0,
+        M::Mov if instr.op0_kind() == OpKind::Register && instr.op1_kind() == OpKind::Register => {
+            let from = instr.op1_register();
+            from.is_segment_register() || (cpl0 && from.is_cr() && from != Register::CR8)
+        }
+        M::Movsb | M::Movsw | M::Movsd | M::Movsq => instr.is_string_instruction(),
+        M::Stosb | M::Stosw | M::Stosd | M::Stosq => true,
+        _ => false,
+    }
+}
+
 fn interpreted(instr: &Instruction) -> bool {
     use Mnemonic as M;
     let code = instr.code();

@@ -10,6 +10,7 @@ mod branch;
 mod memory;
 mod operand;
 mod stack;
+mod system;
 
 pub use block::{Fetch, NeedsNextPage, Translated, translate};
 
@@ -55,6 +56,7 @@ impl Mode {
     const SLOW: u32 = 1024;
     const SLOW_FS: u32 = 2048;
     const SLOW_GS: u32 = 4096;
+    const NO_BASES: u32 = 8192;
 
     /// The mode a vCPU is in.
     pub fn of(cpu: &Cpu) -> Mode {
@@ -68,16 +70,7 @@ impl Mode {
             3 => word |= Mode::USER,
             _ => {}
         }
-        if cpu.cr0 & (control::CR0_EM | control::CR0_TS) != 0 {
-            word |= Mode::FPU_TRAP;
-        }
-        if cpu.cr4 & control::CR4_OSFXSR == 0 || cpu.cr0 & control::CR0_EM != 0 {
-            word |= Mode::NO_SSE;
-        }
-        let protected = cpu.cr0 & control::CR0_PE != 0 && cpu.system_flags & flags::VM == 0;
-        if cpu.cr4 & control::CR4_OSXSAVE == 0 || cpu.xcr0 & 6 != 6 || !protected {
-            word |= Mode::NO_AVX;
-        }
+        word |= Mode::allowed(cpu);
         if cpu.system_flags & flags::TF != 0 {
             word |= Mode::SINGLE;
         }
@@ -105,6 +98,32 @@ impl Mode {
             word |= Mode::SLOW | Mode::SLOW_FS | Mode::SLOW_GS;
         }
         Mode(word)
+    }
+
+    /// What control registers allow.
+    fn allowed(cpu: &Cpu) -> u32 {
+        let mut word = 0;
+        if cpu.cr0 & (control::CR0_EM | control::CR0_TS) != 0 {
+            word |= Mode::FPU_TRAP;
+        }
+        if cpu.cr4 & control::CR4_OSFXSR == 0 || cpu.cr0 & control::CR0_EM != 0 {
+            word |= Mode::NO_SSE;
+        }
+        let protected = cpu.cr0 & control::CR0_PE != 0 && cpu.system_flags & flags::VM == 0;
+        if cpu.cr4 & control::CR4_OSXSAVE == 0 || cpu.xcr0 & 6 != 6 || !protected {
+            word |= Mode::NO_AVX;
+        }
+        if cpu.cr4 & control::CR4_FSGSBASE == 0 {
+            word |= Mode::NO_BASES;
+        }
+        word
+    }
+
+    /// The mode of 64-bit code at CPL 0 or 3, as control registers are, that is not stepped, not watched and has no
+    /// alignment checks.
+    pub fn usual(cpu: &Cpu, user: bool) -> Mode {
+        let privilege = if user { Mode::USER } else { Mode::CPL0 };
+        Mode(2 | privilege | Mode::allowed(cpu))
     }
 
     /// The same mode, for exactly one instruction.
@@ -155,6 +174,11 @@ impl Mode {
             _ => Mode::SLOW,
         };
         self.0 & bit != 0
+    }
+
+    /// RDFSBASE and its kin are there.
+    pub fn has_bases(self) -> bool {
+        self.0 & Mode::NO_BASES == 0
     }
 
     /// SP instead of ESP.

@@ -25,6 +25,8 @@ pub struct MachineClock {
     stands_at: AtomicU64,
     /// Machine time minus the time since `origin`, modulo 2^64, while it runs.
     offset: AtomicU64,
+    /// How often it was started.
+    starts: AtomicU64,
     /// Held by whoever starts or stops it.
     changing: Mutex<()>,
     tsc_hz: u64,
@@ -47,6 +49,7 @@ impl MachineClock {
             origin: Instant::now(),
             stands_at: AtomicU64::new(state.elapsed_ns.min(RUNS - 1)),
             offset: AtomicU64::new(0),
+            starts: AtomicU64::new(0),
             changing: Mutex::new(()),
             tsc_hz: state.tsc_hz.max(1),
         }
@@ -69,7 +72,13 @@ impl MachineClock {
             let offset = at.wrapping_sub(self.host_ns());
             self.offset.store(offset, Ordering::SeqCst);
             self.stands_at.store(RUNS, Ordering::SeqCst);
+            self.starts.fetch_add(1, Ordering::SeqCst);
         }
+    }
+
+    /// How often it was started: what was worked out of its values before the last time may be wrong since.
+    pub fn starts(&self) -> u64 {
+        self.starts.load(Ordering::SeqCst)
     }
 
     /// Stops time. No effect if it stands.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
 
-use crate::layout::{Emitted, Stubs};
+use crate::layout::{Emitted, Layout, SystemStubs};
 
 /// A stub that blocks jump to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -13,6 +13,7 @@ pub enum Exit {
     Link,
     Interpret,
     Request,
+    System,
 }
 
 /// A stub that blocks call.
@@ -22,6 +23,7 @@ pub enum Call {
     Commit,
     Stored,
     BlockExit,
+    System { given: bool },
 }
 
 /// Where control goes after an instruction. Numbers are offsets in the block.
@@ -76,14 +78,14 @@ pub struct Graph {
 
 impl Graph {
     /// Decodes everything that can be reached from the first byte.
-    pub fn of(block: &Emitted<'_>, stubs: &Stubs) -> Result<Graph, String> {
+    pub fn of(block: &Emitted<'_>, layout: &Layout) -> Result<Graph, String> {
         let mut nodes = BTreeMap::new();
         let mut waiting = vec![0];
         while let Some(offset) = waiting.pop() {
             if nodes.contains_key(&offset) {
                 continue;
             }
-            let node = decode(block, stubs, offset)?;
+            let node = decode(block, layout, offset)?;
             waiting.extend(node.successors());
             nodes.insert(offset, node);
         }
@@ -102,7 +104,7 @@ impl Graph {
     }
 }
 
-fn decode(block: &Emitted<'_>, stubs: &Stubs, offset: u32) -> Result<Node, String> {
+fn decode(block: &Emitted<'_>, layout: &Layout, offset: u32) -> Result<Node, String> {
     let bytes = block.code.get(offset as usize..).unwrap_or(&[]);
     let address = block.address.wrapping_add(offset.into());
     let mut decoder = Decoder::with_ip(64, bytes, address, DecoderOptions::NONE);
@@ -114,7 +116,7 @@ fn decode(block: &Emitted<'_>, stubs: &Stubs, offset: u32) -> Result<Node, Strin
         return Err(format!("{offset:#x}: no instruction"));
     }
     let end = offset + instr.len() as u32;
-    let flow = flow(block, stubs, &instr).map_err(|why| format!("{offset:#x}: {instr}: {why}"))?;
+    let flow = flow(block, layout, &instr).map_err(|why| format!("{offset:#x}: {instr}: {why}"))?;
     Ok(Node {
         instr,
         flow,
@@ -123,8 +125,11 @@ fn decode(block: &Emitted<'_>, stubs: &Stubs, offset: u32) -> Result<Node, Strin
     })
 }
 
-fn flow(block: &Emitted<'_>, stubs: &Stubs, instr: &Instruction) -> Result<Flow, &'static str> {
+fn flow(block: &Emitted<'_>, layout: &Layout, instr: &Instruction) -> Result<Flow, &'static str> {
     use iced_x86::FlowControl as F;
+    let stubs = &layout.stubs;
+    let none = SystemStubs::default();
+    let system = layout.system.get(block.privilege).unwrap_or(&none);
     let code = instr.code();
     // Prefixes change what some processors make of a branch.
     let plain = |len| {
@@ -157,6 +162,7 @@ fn flow(block: &Emitted<'_>, stubs: &Stubs, instr: &Instruction) -> Result<Flow,
             ];
             match exits.iter().find(|(address, _)| *address == target) {
                 Some(&(_, exit)) => Ok(Flow::Exit(exit)),
+                None if system.jumped_to.contains(&target) => Ok(Flow::Exit(Exit::System)),
                 None => inside()
                     .map(Flow::Jump)
                     .ok_or("a jump out of the block to no stub"),
@@ -185,11 +191,16 @@ fn flow(block: &Emitted<'_>, stubs: &Stubs, instr: &Instruction) -> Result<Flow,
                 (stubs.stored, Call::Stored),
                 (stubs.block_exit, Call::BlockExit),
             ];
-            calls
-                .iter()
-                .find(|(address, _)| *address == target)
-                .map(|&(_, call)| Flow::Call(call))
-                .ok_or("a call of no stub")
+            match calls.iter().find(|(address, _)| *address == target) {
+                Some(&(_, call)) => Ok(Flow::Call(call)),
+                None if system.called.contains(&target) => {
+                    Ok(Flow::Call(Call::System { given: false }))
+                }
+                None if system.given.contains(&target) => {
+                    Ok(Flow::Call(Call::System { given: true }))
+                }
+                None => Err("a call of no stub"),
+            }
         }
         F::IndirectBranch if code == Code::Jmp_rm64 => Ok(Flow::Indirect),
         _ => Err("control flow that is never emitted"),

@@ -69,6 +69,18 @@ pub struct Stubs {
     pub block_exit: u64,
 }
 
+/// Stubs for instructions that a kernel uses all the time. They read and write the context and the guest's registers,
+/// are given RCX = a number, and must not be given what the guest may not learn.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct SystemStubs {
+    /// Called. They return with any of the guest's registers changed.
+    pub called: Vec<u64>,
+    /// The same, with a value for the guest in R10.
+    pub given: Vec<u64>,
+    /// Jumped to, with values for the guest in R10 and R11.
+    pub jumped_to: Vec<u64>,
+}
+
 /// Where things are. All offsets are from the host's `rsp`, which is the vCPU context while translated code runs; what
 /// is not named here is out of bounds.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -89,6 +101,8 @@ pub struct Layout {
     pub jump: [JumpArrays; 2],
     /// The stubs.
     pub stubs: Stubs,
+    /// System stubs by privilege.
+    pub system: [SystemStubs; 2],
     /// Start and end of the code cache.
     pub cache: (u64, u64),
 }

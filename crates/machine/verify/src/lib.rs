@@ -28,5 +28,7 @@ mod prove;
 mod value;
 mod verifier;
 
-pub use layout::{Emitted, Field, Inspect, JumpArrays, Layout, Site, Stubs, TlbArrays, Usage};
+pub use layout::{
+    Emitted, Field, Inspect, JumpArrays, Layout, Site, Stubs, SystemStubs, TlbArrays, Usage,
+};
 pub use verifier::{Proof, Verifier, verify};

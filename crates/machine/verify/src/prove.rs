@@ -150,8 +150,12 @@ impl<'a> Prover<'a> {
                 if exit != Exit::Request {
                     self.number(&state)?;
                 }
-                if matches!(exit, Exit::Lookup | Exit::Request) {
+                if matches!(exit, Exit::Lookup | Exit::Request | Exit::System) {
                     self.public(&state, R10, 8)?;
+                }
+                if exit == Exit::System {
+                    // It is added to the count of retired instructions.
+                    self.public(&state, R11, 8)?;
                 }
             }
             Flow::Call(call) => {
@@ -254,7 +258,12 @@ impl<'a> Prover<'a> {
 
     fn call(&mut self, call: Call, state: &mut State) -> Refused {
         let mut window = None;
-        if call == Call::BlockExit {
+        if let Call::System { given } = call {
+            self.number(state)?;
+            if given {
+                self.public(state, R10, 8)?;
+            }
+        } else if call == Call::BlockExit {
             self.public(state, R10, 8)?;
         } else {
             let site = u32::try_from(self.number(state)?).ok();
@@ -283,6 +292,15 @@ impl<'a> Prover<'a> {
             };
         }
         state.registers[RCX] = self.values.secret(0);
+        if matches!(call, Call::System { .. }) {
+            for (number, value) in state.registers.iter_mut().enumerate() {
+                *value = match number {
+                    RCX | RSP | R10 | R11 => self.values.secret(0),
+                    _ => self.values.any(),
+                };
+            }
+            return Ok(());
+        }
         state.registers[R11] = self.values.of(Def::Const(0));
         match (call, window) {
             (Call::Slow, Some(window)) => {

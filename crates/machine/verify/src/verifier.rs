@@ -17,7 +17,7 @@ pub use crate::prove::Counts as Proof;
 /// # Errors
 /// If there is no such proof, with the place and the reason.
 pub fn verify(layout: &Layout, block: &Emitted<'_>) -> Result<Proof, String> {
-    let graph = Graph::of(block, &layout.stubs)?;
+    let graph = Graph::of(block, layout)?;
     Prover::run(layout, block, &graph)
 }
 

@@ -25,6 +25,14 @@ fn layout(code: &CodeMap, stubs: &Stubs) -> Layout {
     ];
     fields.extend((0..16).map(|n| field(off::gpr(n), Usage::Guest)));
     fields.extend((0..6).map(|n| field(off::seg_base(n), Usage::ReadOnly)));
+    for register in 0..6 {
+        fields.push(Field {
+            size: 2,
+            ..field(off::selector(register), Usage::ReadOnly)
+        });
+    }
+    let control = (0..5).filter_map(off::control);
+    fields.extend(control.map(|offset| field(offset, Usage::ReadOnly)));
     // The stubs and the slow path use words 2 to 6 themselves.
     fields.extend((0..8).map(|n| {
         let kept = matches!(n, 0 | 1 | 7);
@@ -56,6 +64,11 @@ fn layout(code: &CodeMap, stubs: &Stubs) -> Layout {
             stored: stubs.stored,
             block_exit: stubs.block_exit,
         },
+        system: privileges.map(|privilege| strata_verify::SystemStubs {
+            called: stubs.system.called(privilege),
+            given: stubs.system.given(privilege),
+            jumped_to: stubs.system.jumped_to(privilege),
+        }),
         cache: code.range(),
     }
 }

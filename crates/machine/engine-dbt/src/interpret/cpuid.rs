@@ -28,11 +28,11 @@ impl Exec<'_> {
 
     /// The guest's time-stamp counter, as an input.
     pub fn read_tsc(&mut self) -> u64 {
-        let clock = &self.env.clock;
+        let (tsc, clock) = (&self.env.tsc, &self.env.clock);
         let offset = self.cpu.tsc_offset;
         let taken = self.env.inputs.take(
             "the time-stamp counter",
-            || clock.tsc().wrapping_add(offset),
+            || tsc.read(clock).wrapping_add(offset),
             Input::Tsc,
             |i| {
                 if let Input::Tsc(value) = i {

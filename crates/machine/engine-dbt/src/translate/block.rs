@@ -296,6 +296,7 @@ impl Builder<'_> {
                 true
             }
             Treatment::PushFlags => self.push_flags(instr),
+            Treatment::System => self.system(instr),
             Treatment::Interpret => self.interpret(instr, None),
             Treatment::Undefined => self.interpret(instr, Some(6)),
             Treatment::NoDevice => self.interpret(instr, Some(7)),

@@ -19,12 +19,13 @@ pub fn flow_rules(parts: &mut Parts<'_>) {
         }
         let target = instr.near_branch_target();
         let to = |to: u64| move |i: &mut Instruction| i.set_near_branch64(to);
-        // Into the middle of an instruction, as long as that leads through others' bytes.
+        // Into the middle of an instruction that is reached otherwise, too: not behind what this jump leads to.
+        let behind = |i: &Instruction| (instr.ip()..=i.ip()).contains(&target);
         if let Some(other) = parts
             .list
             .iter()
             .map(|p| p.1)
-            .find(|i| i.len() >= 7 && i.ip() > instr.ip())
+            .find(|i| i.len() >= 7 && i.ip() > instr.ip() && !behind(i))
         {
             parts.change("into an instruction", n, to(other.ip() + 1));
         }
@@ -137,6 +138,58 @@ pub fn call_rules(parts: &mut Parts<'_>) {
                 .all(|p| !p.1.is_jmp_near())
         {
             operand_rules(parts, operation, site.size.into(), site.write, true);
+        }
+    }
+}
+
+/// Calls of system stubs and jumps to them.
+pub fn system_rules(parts: &mut Parts<'_>) {
+    let block = parts.block;
+    let own = &block.layout.system[block.privilege];
+    let foreign = &block.layout.system[1 - block.privilege];
+    for n in 1..parts.list.len() {
+        let target = parts.instr(n).near_branch_target();
+        let given = own.given.contains(&target);
+        let called = given || own.called.contains(&target);
+        if !called && !own.jumped_to.contains(&target) {
+            continue;
+        }
+        parts.bytes("no number for a stub", n - 1, &[]);
+        let (kind, others) = if called {
+            (&foreign.called, &own.jumped_to)
+        } else {
+            (&foreign.jumped_to, &own.called)
+        };
+        let forbidden = kind
+            .iter()
+            .filter(|stub| !own.called.contains(stub) && !own.jumped_to.contains(stub));
+        for &other in forbidden {
+            parts.change("a stub of the other privilege", n, |i| {
+                i.set_near_branch64(other)
+            });
+        }
+        for &other in others {
+            parts.change("a stub that is not left like this", n, |i| {
+                i.set_near_branch64(other)
+            });
+        }
+        parts.change("inside a stub", n, |i| i.set_near_branch64(target + 1));
+        if given || !called {
+            parts.insert(
+                "a host address for a stub",
+                n - 1,
+                &[
+                    mov(Register::R10, Register::R11),
+                    mov(Register::R10, Register::RSP),
+                ][..1 + usize::from(!given)],
+            );
+        }
+        if called {
+            for to in UNUSED {
+                for left in [Register::R10, Register::R11, Register::RCX] {
+                    parts.insert("what a stub left for the guest", n, &[mov(to, left)]);
+                }
+            }
         }
     }
 }

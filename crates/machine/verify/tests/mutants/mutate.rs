@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Decoder, DecoderOptions, Encoder, Instruction, Mnemonic, OpKind, Register};
 
-use crate::flow::{call_rules, flow_rules, jump_rules, link_rules};
+use crate::flow::{call_rules, flow_rules, jump_rules, link_rules, system_rules};
 use crate::guest::Block;
 
 /// A changed block.
@@ -321,6 +321,7 @@ pub fn mutants(block: &Block) -> Vec<Mutant> {
     context_rules(&mut parts);
     flow_rules(&mut parts);
     call_rules(&mut parts);
+    system_rules(&mut parts);
     jump_rules(&mut parts);
     link_rules(&mut parts);
     // In the place of the last instruction of the way that is usual: whatever comes first is reached.

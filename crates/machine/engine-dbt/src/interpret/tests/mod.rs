@@ -94,6 +94,7 @@ impl Machine {
             memory,
             model: Arc::new(CpuModel::named("baseline").unwrap().translated()),
             clock,
+            tsc: Arc::default(),
             apic: apics.add(0),
             peers: Arc::clone(&peers),
             me,
