@@ -65,7 +65,7 @@ pub struct RunArgs {
     /// With --kernel, the whole kernel command line; else added to that of the image or inside the disk
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub append: Option<String>,
-    /// Add a disk; `,ro` write-protects it, `,backing=FILE` allows an image to be built on that file. May be given several times
+    /// Add a disk; `,ro` write-protects it, `,backing=FILE` allows an image to be built on that file, `,data=FILE` to have its data there. May be given several times
     #[arg(long = "disk", value_name = "FILE[,ro][,format=raw|qcow2]")]
     pub disks: Vec<DiskConfig>,
     /// Number of CPUs, 1 to 64

@@ -122,6 +122,25 @@ pub enum DiskError {
         /// The file allowed.
         backing: PathBuf,
     },
+    /// An image names a file with its data that the user did not allow.
+    #[error(
+        "disk {} has its data in the file {}, which is not opened unless it is allowed by `data={}`",
+        path.display(), data.display(), data.display()
+    )]
+    DataNotAllowed {
+        /// The image.
+        path: PathBuf,
+        /// What it names.
+        data: PathBuf,
+    },
+    /// The user allowed a file with the data of an image that has them itself.
+    #[error("disk {} does not have its data in {}", path.display(), data.display())]
+    DataNotUsed {
+        /// The image.
+        path: PathBuf,
+        /// The file allowed.
+        data: PathBuf,
+    },
     /// The temporary file of an overlay cannot be made.
     #[error("cannot create a temporary disk file in {}", dir.display())]
     Temporary {

@@ -54,6 +54,8 @@ pub struct Source<'a> {
     pub access: Access,
     /// The files that it may be built on, from the uppermost down. They are only read, and all must be used.
     pub backing: &'a [PathBuf],
+    /// The file that may have the data of an image that has them elsewhere. It must be used.
+    pub data: Option<&'a Path>,
 }
 
 /// Opens an image and what it is built on, taking the locks that this needs.
@@ -70,6 +72,7 @@ pub fn open(source: &Source<'_>) -> Result<Arc<dyn DiskBackend>, DiskError> {
         None => DiskFormat::Raw,
     };
     let mut unused = source.backing.first();
+    let mut unused_data = source.data;
     let disk: Arc<dyn DiskBackend> = match format {
         DiskFormat::Raw => Arc::new(RawFile::new(open, path, access)?),
         DiskFormat::Qcow2 => {
@@ -77,9 +80,23 @@ pub fn open(source: &Source<'_>) -> Result<Arc<dyn DiskBackend>, DiskError> {
                 unused = None;
                 open_below(path, below, source.backing)
             };
-            Arc::new(Qcow2::open(open, path, access, below)?)
+            let outside = |named: &Path| {
+                let allowed = unused_data.take().filter(|data| is_same_file(data, named));
+                let data = allowed.ok_or_else(|| DiskError::DataNotAllowed {
+                    path: path.to_owned(),
+                    data: named.to_owned(),
+                })?;
+                OpenFile::open(data, access)
+            };
+            Arc::new(Qcow2::open(open, path, access, below, outside)?)
         }
     };
+    if let Some(data) = unused_data {
+        return Err(DiskError::DataNotUsed {
+            path: path.to_owned(),
+            data: data.to_owned(),
+        });
+    }
     match unused {
         Some(backing) => Err(DiskError::BackingNotUsed {
             path: path.to_owned(),
@@ -112,6 +129,7 @@ fn open_below(
         format: Some(format),
         access: Access::ReadOnly,
         backing: rest,
+        data: None,
     })
 }
 

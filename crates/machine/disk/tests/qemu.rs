@@ -68,6 +68,7 @@ fn opened(
         format: Some(DiskFormat::Qcow2),
         access,
         backing,
+        data: None,
     })
 }
 
@@ -278,30 +279,76 @@ fn only_backing_files_that_are_allowed() {
 }
 
 #[test]
-fn what_we_do_not_have_is_refused() {
+fn data_in_a_file_that_is_allowed() {
     let Some(directory) = workshop() else { return };
-    for (options, what) in [
-        (
-            "data_file=data",
-            "needs an external data file, which is not supported",
-        ),
-        (
-            "extended_l2=on",
-            "needs extended L2 entries (subclusters), which is not supported",
-        ),
+    for (options, seed) in [
+        ("data_file=data", 11),
+        ("data_file=data,cluster_size=4k", 12),
+        ("data_file=data,data_file_raw=on", 13),
     ] {
         let path = image(&directory, "disk", options);
-        let error = opened(&path, Access::ReadOnly, &[])
-            .unwrap_err()
-            .to_string();
-        assert!(error.ends_with(what), "{error}");
+        let data = directory.path().join("data");
+        let other = directory.path().join("other");
+        fs::write(&other, vec![0; SIZE as usize]).unwrap();
+        let open_with = |data: Option<&Path>| {
+            open(&Source {
+                path: &path,
+                format: Some(DiskFormat::Qcow2),
+                access: Access::ReadWrite,
+                backing: &[],
+                data,
+            })
+        };
+        for wrong in [None, Some(other.as_path())] {
+            let error = open_with(wrong).unwrap_err().to_string();
+            assert!(error.contains("unless it is allowed by `data="), "{error}");
+        }
+        let mut state = seed;
+        let mut model = vec![0; SIZE as usize];
+        for _ in 0..3 {
+            let disk = open_with(Some(&data)).unwrap();
+            assert!(as_we_see(&*disk) == model, "{options}");
+            change(&*disk, &mut model, &mut state, 60);
+            drop(disk);
+            assert!(as_qemu_sees(&directory, "disk") == model, "{options}");
+        }
+        // The first cluster, which is at offset zero there.
+        let io = ["-f", "qcow2", "-c", "write -q -P 7 0 65536", "disk"];
+        tool(directory.path(), "qemu-io", &io);
+        model[..65536].fill(7);
+        let disk = open_with(Some(&data)).unwrap();
+        assert!(as_we_see(&*disk) == model, "{options}");
+        drop(disk);
+        fs::remove_file(data).unwrap();
     }
+    let path = image(&directory, "plain", "compat=1.1");
+    let error = open(&Source {
+        path: &path,
+        format: Some(DiskFormat::Qcow2),
+        access: Access::ReadOnly,
+        backing: &[],
+        data: Some(&path),
+    });
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("does not have its data in"), "{error}");
+}
+
+#[test]
+fn what_we_do_not_have_is_refused() {
+    let Some(directory) = workshop() else { return };
+    let path = image(&directory, "disk", "extended_l2=on");
+    let error = opened(&path, Access::ReadOnly, &[])
+        .unwrap_err()
+        .to_string();
+    let what = "needs extended L2 entries (subclusters), which is not supported";
+    assert!(error.ends_with(what), "{error}");
     let path = image(&directory, "disk", "compat=1.1");
     let stated = |format| Source {
         path: &path,
         format,
         access: Access::ReadWrite,
         backing: &[],
+        data: None,
     };
     let error = open(&stated(None)).unwrap_err().to_string();
     assert!(error.contains("say format=qcow2, or format=raw"), "{error}");

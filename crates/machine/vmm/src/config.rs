@@ -222,6 +222,9 @@ pub struct DiskConfig {
     /// The files that an image may be built on, from the uppermost down. An image that names another one is refused.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub backing: Vec<PathBuf>,
+    /// The file that may have an image's data. An image that names another one is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<PathBuf>,
 }
 
 /// How the bytes of a disk are laid out in its file.
@@ -323,8 +326,10 @@ pub enum DiskSpecError {
     /// No path.
     #[error("a disk needs a file: write FILE[,ro][,format=raw|qcow2]")]
     NoPath,
-    /// Neither `ro` nor `format=` nor `backing=`.
-    #[error("disk option '{0}' is not known (known: ro, format=raw|qcow2, backing=FILE)")]
+    /// Neither `ro` nor `format=`, `backing=` or `data=`.
+    #[error(
+        "disk option '{0}' is not known (known: ro, format=raw|qcow2, backing=FILE, data=FILE)"
+    )]
     UnknownOption(String),
     /// A format we do not have.
     #[error("disk format '{0}' is not known (known: raw, qcow2)")]
@@ -337,7 +342,7 @@ pub enum DiskSpecError {
 impl FromStr for DiskConfig {
     type Err = DiskSpecError;
 
-    /// `FILE[,ro][,format=raw|qcow2][,backing=FILE]…`. A comma in a file's name is written twice.
+    /// `FILE[,ro][,format=raw|qcow2][,backing=FILE]…[,data=FILE]`. A comma in a file's name is written twice.
     fn from_str(text: &str) -> Result<Self, DiskSpecError> {
         let mut words = split(text).into_iter();
         let path = words.next().filter(|path| !path.is_empty());
@@ -346,6 +351,7 @@ impl FromStr for DiskConfig {
             format: None,
             access: DiskAccess::default(),
             backing: Vec::new(),
+            data: None,
         };
         for option in words {
             let once = match option.split_once('=') {
@@ -364,6 +370,9 @@ impl FromStr for DiskConfig {
                 Some(("backing", path)) if !path.is_empty() => {
                     disk.backing.push(path.into());
                     None
+                }
+                Some(("data", path)) if !path.is_empty() => {
+                    disk.data.replace(path.into()).map(|_| "data")
                 }
                 _ => return Err(DiskSpecError::UnknownOption(option)),
             };
@@ -388,6 +397,9 @@ impl fmt::Display for DiskConfig {
         }
         for path in &self.backing {
             write!(f, ",backing={}", escaped(path))?;
+        }
+        if let Some(path) = &self.data {
+            write!(f, ",data={}", escaped(path))?;
         }
         Ok(())
     }
@@ -418,6 +430,7 @@ mod tests {
             format: None,
             access,
             backing: Vec::new(),
+            data: None,
         }
     }
 
@@ -433,9 +446,10 @@ mod tests {
         let with_options = DiskConfig {
             format: Some(DiskFormat::Qcow2),
             backing: vec!["b".into(), "c,d".into()],
+            data: Some("e".into()),
             ..disk("a", DiskAccess::ReadOnly)
         };
-        let text = "a,format=qcow2,backing=b,ro,backing=c,,d";
+        let text = "a,format=qcow2,backing=b,ro,data=e,backing=c,,d";
         assert_eq!(text.parse(), Ok(with_options));
     }
 
@@ -451,7 +465,7 @@ mod tests {
         let no_file = "a disk needs a file: write FILE[,ro][,format=raw|qcow2]";
         check("", no_file);
         check(",ro", no_file);
-        let known = "is not known (known: ro, format=raw|qcow2, backing=FILE)";
+        let known = "is not known (known: ro, format=raw|qcow2, backing=FILE, data=FILE)";
         check("a,rw", &format!("disk option 'rw' {known}"));
         check("a,", &format!("disk option '' {known}"));
         check("a,backing=", &format!("disk option 'backing=' {known}"));

@@ -157,6 +157,7 @@ fn open_disk(disk: &DiskConfig, temporary: &Path) -> Result<Arc<dyn DiskBackend>
         format,
         access,
         backing: &disk.backing,
+        data: disk.data.as_deref(),
     })?;
     Ok(match disk.access {
         DiskAccess::ReadWrite | DiskAccess::ReadOnly => backend,

@@ -173,6 +173,7 @@ pub fn qcow2(bytes: &[u8]) -> u64 {
         format: Some(DiskFormat::Qcow2),
         access,
         backing: &[],
+        data: None,
     };
     match strata_disk::open(&source) {
         Ok(disk) => {

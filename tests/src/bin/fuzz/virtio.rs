@@ -314,6 +314,7 @@ pub fn blk(bytes: &[u8]) -> u64 {
         format: Some(DiskFormat::Raw),
         access,
         backing: &[],
+        data: None,
     };
     let Ok(disk) = strata_disk::open(&source) else {
         return 0;

@@ -303,6 +303,7 @@ pub fn run(seed: u64, case: u64, files: &Files, totals: &Totals) -> Result<(), S
             format: Some(strata_vmm::config::DiskFormat::Raw),
             access,
             backing: Vec::new(),
+            data: None,
         });
     }
     let _ = std::fs::remove_file(&files.vsock);

@@ -51,7 +51,7 @@ impl State {
     fn read_part(&mut self, part: Part, mapping: Mapping, buf: &mut [u8]) -> Result<(), Failed> {
         match mapping {
             Mapping::Zero(_) => buf.fill(0),
-            Mapping::Data(place) => self.file.read_at(place.offset + part.at, buf)?,
+            Mapping::Data(place) => self.data().read_at(place.offset + part.at, buf)?,
             Mapping::Below => self.read_below(part, buf)?,
             Mapping::Compressed(packed) => {
                 let unpacked = self.unpack(packed)?;
@@ -121,10 +121,11 @@ impl State {
         if let Mapping::Data(place) = mapping
             && self.is_ours(place)?
         {
-            self.file.write_at(place.offset + part.at, bytes)?;
+            self.data_mut().write_at(place.offset + part.at, bytes)?;
             return Ok(());
         }
         let kept = match mapping {
+            _ if self.data.is_some() => Some(part.cluster << self.header.cluster_bits),
             Mapping::Zero(Some(place)) if self.is_ours(place)? => Some(place.offset),
             _ => None,
         };
@@ -159,7 +160,7 @@ impl State {
     ) -> Result<(), Failed> {
         let whole = part.at == 0 && part.len == self.bytes_in(part.cluster);
         if whole || (zeroed && self.is_zero(before)) {
-            self.file.write_at(offset + part.at, bytes)?;
+            self.data_mut().write_at(offset + part.at, bytes)?;
             return Ok(());
         }
         let mut cluster = vec![0; self.header.cluster() as usize];
@@ -171,7 +172,11 @@ impl State {
         if let Some(place) = cluster.get_mut(range) {
             place.copy_from_slice(bytes);
         }
-        self.file.write_at(offset, &cluster)?;
+        // A file with nothing but data need not be longer than the disk.
+        if self.data.is_some() {
+            cluster.truncate(len as usize);
+        }
+        self.data_mut().write_at(offset, &cluster)?;
         Ok(())
     }
 
@@ -186,6 +191,9 @@ impl State {
 
     /// Whether a cluster of the file may be written in place.
     fn is_ours(&mut self, place: Place) -> Result<bool, Failed> {
+        if self.data.is_some() {
+            return Ok(true);
+        }
         if !place.copied {
             return Ok(false);
         }

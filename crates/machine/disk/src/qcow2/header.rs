@@ -30,6 +30,7 @@ const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
 const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
+const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 
 /// How clusters are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +62,8 @@ pub(super) struct Header {
     pub(super) autoclear: u64,
     pub(super) compression: Compression,
     pub(super) backing: Option<Backing>,
+    /// The name of the file that has the data, if they are not in this one.
+    pub(super) data_file: Option<String>,
     /// Refcounts may be wrong: the image was not closed.
     pub(super) dirty: bool,
     /// Somebody found the image damaged.
@@ -156,11 +159,16 @@ impl Header {
             },
             compression: compression(incompatible, header_bytes, start)?,
             backing: backing(first_cluster, u64_at(8), u32_at(16), &extensions)?,
+            data_file: data_file(incompatible, &extensions)?,
             dirty: incompatible & INCOMPATIBLE_DIRTY != 0,
             corrupt: incompatible & INCOMPATIBLE_CORRUPT != 0,
         };
         if u32_at(60) > SNAPSHOTS_MAX {
             return Err(damaged(format!("it has {} snapshots", u32_at(60))));
+        }
+        // They would share the one place that a cluster has there.
+        if header.data_file.is_some() && u32_at(60) > 0 {
+            return Err(damaged("it has snapshots and its data elsewhere"));
         }
         header.check_tables(file_len)?;
         Ok(header)
@@ -243,14 +251,16 @@ fn compression(
 }
 
 fn check_features(incompatible: u64, extensions: &[(u32, &[u8])]) -> Result<(), Refusal> {
-    let known = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_COMPRESSION;
+    let known = INCOMPATIBLE_DIRTY
+        | INCOMPATIBLE_CORRUPT
+        | INCOMPATIBLE_DATA_FILE
+        | INCOMPATIBLE_COMPRESSION;
     let unknown = incompatible & !known;
     if unknown == 0 {
         return Ok(());
     }
     let bit = unknown.trailing_zeros();
     let what = match 1_u64 << bit {
-        INCOMPATIBLE_DATA_FILE => "an external data file".to_owned(),
         INCOMPATIBLE_EXTENDED_L2 => "extended L2 entries (subclusters)".to_owned(),
         _ => match feature_name(extensions, bit) {
             Some(name) => format!("the feature '{name}' (incompatible bit {bit})"),
@@ -258,6 +268,20 @@ fn check_features(incompatible: u64, extensions: &[(u32, &[u8])]) -> Result<(), 
         },
     };
     Err(Refusal::Unsupported(what))
+}
+
+fn data_file(incompatible: u64, extensions: &[(u32, &[u8])]) -> Result<Option<String>, Refusal> {
+    if incompatible & INCOMPATIBLE_DATA_FILE == 0 {
+        return Ok(None);
+    }
+    let name = extensions
+        .iter()
+        .find(|(kind, name)| *kind == EXTENSION_DATA_FILE && !name.is_empty())
+        .map(|(_, name)| *name)
+        .ok_or_else(|| damaged("it does not name the file with its data"))?;
+    String::from_utf8(name.to_vec())
+        .map(Some)
+        .map_err(|_| damaged("the name of the file with its data is not text"))
 }
 
 /// What the image itself calls an incompatible feature, made fit to print.

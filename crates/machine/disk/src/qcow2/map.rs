@@ -83,28 +83,36 @@ impl State {
             0 => Ok(Mapping::Below),
             table => {
                 let entry = self.load_l2(table)?.entry(l2);
-                self.decode(entry)
+                self.decode(entry, cluster)
             }
         }
     }
 
-    fn decode(&self, entry: u64) -> Result<Mapping, Failed> {
+    fn decode(&self, entry: u64, cluster: u64) -> Result<Mapping, Failed> {
         if entry & COMPRESSED != 0 {
-            return self.decode_compressed(entry);
+            return match self.data {
+                Some(_) => Err(damaged("a cluster in a file of data is compressed")),
+                None => self.decode_compressed(entry),
+            };
         }
         let zero = entry & ZERO != 0;
         if zero && self.header.version == 2 {
             return Err(damaged("an image of version 2 has a zero cluster"));
         }
         let (offset, copied) = (entry & OFFSET, entry & COPIED != 0);
-        if offset == 0 {
+        // In a file with nothing but data, the first cluster is one as others are.
+        if offset == 0 && !(copied && self.data.is_some()) {
             return Ok(if zero {
                 Mapping::Zero(None)
             } else {
                 Mapping::Below
             });
         }
-        if !offset.is_multiple_of(self.header.cluster()) || offset >= self.file.len() {
+        let possible = match self.data {
+            Some(_) => offset == cluster << self.header.cluster_bits,
+            None => offset.is_multiple_of(self.header.cluster()) && offset < self.file.len(),
+        };
+        if !possible {
             return Err(damaged(format!("a cluster is said to be at {offset:#x}")));
         }
         let place = Place { offset, copied };
@@ -197,7 +205,7 @@ impl State {
         match old {
             Mapping::Data(place) | Mapping::Zero(Some(place)) => {
                 let kept = [Target::Data(place.offset), Target::ZeroAt(place.offset)];
-                if !kept.contains(&target) {
+                if self.data.is_none() && !kept.contains(&target) {
                     self.released.push(place.offset >> bits);
                 }
             }

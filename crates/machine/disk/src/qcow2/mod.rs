@@ -22,12 +22,17 @@
 //!
 //! An image is not trusted. What is held in memory is bounded by the format's limits; tables must not overlap and must
 //! lie in the file; a cluster is written in place only if its refcount confirms that it is used once and no table of
-//! ours is in it. A file named inside an image (a backing file) is opened only if the user named it too.
+//! ours is in it. A file named inside an image (a backing file, or one with the image's data) is opened only if the user
+//! named it too.
 //!
 //! Why not a library: of the crates that can write qcow2 (checked 2026-11) only `imago` is kept up. It is five times
 //! this size with some hundred uses of `unsafe`, knows no zstd, and leaves its own order of commits to us.
 //!
-//! Limitations: no encryption, no external data file, no subclusters. Refcounts are always kept up to date (lazy ones
+//! With an external data file, clusters of the disk are there at their own places, as QEMU has them; refcounts are for the
+//! tables alone then, and no space is given back. That the file is one to read by itself (`data_file_raw`) is no longer
+//! promised after a write.
+//!
+//! Limitations: no encryption, no subclusters. Refcounts are always kept up to date (lazy ones
 //! are an option of the format); an image whose refcounts somebody left stale is only read. Internal snapshots are
 //! kept, but neither made nor shown. Persistent bitmaps lose their validity by a write, as the format asks.
 
@@ -85,6 +90,8 @@ pub(crate) struct Below {
 #[derive(Debug)]
 struct State {
     file: ImageFile,
+    /// What has the data, if not `file`.
+    data: Option<ImageFile>,
     header: Header,
     backing: Option<Arc<dyn DiskBackend>>,
     l1: Vec<u64>,
@@ -142,12 +149,14 @@ impl Failed {
 }
 
 impl Qcow2 {
-    /// Opens the image in `open`. `below` opens the disk under it, if the image names one.
+    /// Opens the image in `open`. `below` opens the disk under it, if the image names one; `outside` the file with its data,
+    /// if the image names one, by its path relative to the working directory.
     pub(crate) fn open(
         open: OpenFile,
         path: &Path,
         access: Access,
         below: impl FnOnce(&Below) -> Result<Arc<dyn DiskBackend>, DiskError>,
+        outside: impl FnOnce(&Path) -> Result<OpenFile, DiskError>,
     ) -> Result<Qcow2, DiskError> {
         let failed = |source| DiskError::Open {
             path: path.to_owned(),
@@ -187,18 +196,23 @@ impl Qcow2 {
                 path: path.to_owned(),
             });
         }
-        let backing = match &header.backing {
+        let directory = path.parent().unwrap_or(Path::new(""));
+        let data = match &header.data_file {
             None => None,
-            Some(backing) => {
-                let directory = path.parent().unwrap_or(Path::new(""));
-                Some(below(&Below {
-                    path: directory.join(&backing.name),
-                    format: backing.format.clone(),
-                })?)
+            Some(name) => {
+                let open = outside(&directory.join(name))?;
+                Some(ImageFile::new(open.file, open.len, open.regular))
             }
         };
+        let backing = match &header.backing {
+            None => None,
+            Some(backing) => Some(below(&Below {
+                path: directory.join(&backing.name),
+                format: backing.format.clone(),
+            })?),
+        };
         let (size, cluster) = (header.size, header.cluster() as u32);
-        let state = State::new(file, header, backing).map_err(|error| match error {
+        let state = State::new(file, data, header, backing).map_err(|error| match error {
             Failed::Io(source) => failed(source),
             Failed::Damaged(reason) => refused(Refusal::Damaged(reason)),
             error => error.during("open", 0, size),
@@ -303,6 +317,7 @@ impl Drop for Qcow2 {
 impl State {
     fn new(
         file: ImageFile,
+        data: Option<ImageFile>,
         header: Header,
         backing: Option<Arc<dyn DiskBackend>>,
     ) -> Result<State, Failed> {
@@ -312,6 +327,7 @@ impl State {
         let refcount_table = read_table(&file, header.refcount_table_offset, refcount_bytes)?;
         let mut state = State {
             file,
+            data,
             header,
             backing,
             l1,
@@ -371,6 +387,15 @@ impl State {
         Ok(())
     }
 
+    /// Where the data are.
+    fn data(&self) -> &ImageFile {
+        self.data.as_ref().unwrap_or(&self.file)
+    }
+
+    fn data_mut(&mut self) -> &mut ImageFile {
+        self.data.as_mut().unwrap_or(&mut self.file)
+    }
+
     /// A cluster of tables as it is in the file.
     fn read_metadata(&self, offset: u64) -> Result<Vec<u8>, Failed> {
         let mut bytes = vec![0; self.header.cluster() as usize];
@@ -423,6 +448,9 @@ impl State {
             return Ok(());
         }
         self.write_refcounts()?;
+        if let Some(data) = &mut self.data {
+            data.sync()?;
+        }
         self.file.sync()?;
         if self.l2.dirty().is_empty() && self.l1_changed.is_empty() {
             return self.count_down();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::header::{Header, be};
 use super::refcount::read_count;
-use super::{Access, DiskBackend, DiskError, OpenFile, Qcow2};
+use super::{Access, Below, DiskBackend, DiskError, OpenFile, Qcow2};
 
 /// What an image is made like.
 #[derive(Debug, Clone, Copy)]
@@ -65,12 +65,19 @@ pub(super) fn open_on(
     below: Option<Arc<dyn DiskBackend>>,
 ) -> Result<Qcow2, DiskError> {
     let open = OpenFile::open(path, access)?;
-    Qcow2::open(open, path, access, |named| {
+    let below = |named: &Below| {
         below.ok_or_else(|| DiskError::BackingNotAllowed {
             path: path.to_owned(),
             backing: named.path.clone(),
         })
-    })
+    };
+    let outside = |data: &Path| {
+        Err(DiskError::DataNotAllowed {
+            path: path.to_owned(),
+            data: data.to_owned(),
+        })
+    };
+    Qcow2::open(open, path, access, below, outside)
 }
 
 /// Counts who refers to which cluster and compares with the refcounts. Gives the number of clusters that are counted

@@ -190,7 +190,7 @@ fn what_cannot_be_used_is_refused_in_a_sentence() {
     refused("clusters of 2^30 bytes do not exist", rw, &|b| b[23] = 30);
     refused("clusters of 2^8 bytes do not exist", rw, &|b| b[23] = 8);
     refused("needs encryption", rw, &|b| b[35] = 2);
-    refused("needs an external data file", rw, &|b| b[79] = 4);
+    refused("does not name the file with its data", rw, &|b| b[79] = 4);
     refused("needs extended L2 entries", rw, &|b| b[79] = 16);
     refused("needs incompatible feature bit 40", rw, &|b| b[74] = 1);
     refused(
