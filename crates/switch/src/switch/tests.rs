@@ -562,3 +562,49 @@ fn large_frames_are_cut_only_for_receivers_that_need_it() {
         1
     );
 }
+
+#[test]
+fn a_neighbour_keeps_its_share_of_a_port_that_another_floods() {
+    let slow = PortConfig {
+        egress: Limit {
+            bytes: Some(Rate {
+                per_second: 12_500_000,
+                burst: 15_000,
+            }),
+            packets: None,
+        },
+        ..access(1)
+    };
+    let (mut switch, ports) = switch([access(1), access(1), access(1), slow]);
+    let from = |number: u8| Mac::from_bytes(&[2, 0, 0, 0, 1, number]);
+    switch.receive(ports[3], plain(B, A), Time::ZERO);
+    let mut got = [0u64; 3];
+    let mut moment = Time::ZERO;
+    for tick in 0..200u64 {
+        let now = Time::from_nanos(tick * 1_000_000);
+        // A third of what the port takes is 4,166 bytes per millisecond: two ports send a little less, one 100 times that.
+        for (number, count) in [(0u8, 400), (1, 4), (2, 4)] {
+            for _ in 0..count {
+                let mut frame = plain(A, from(number));
+                frame.pad(1000);
+                switch.receive(ports[usize::from(number)], frame, now);
+            }
+        }
+        moment = moment.max(now);
+        while moment < Time::from_nanos((tick + 1) * 1_000_000) {
+            switch.tick(moment);
+            while let Some(frame) = switch.take(ports[3], moment) {
+                got[usize::from(frame.bytes()[11])] += frame.len() as u64;
+            }
+            moment = switch.next_deadline();
+        }
+    }
+    for neighbour in [got[1], got[2]] {
+        assert!(neighbour >= 200 * 4000 * 95 / 100, "{got:?}");
+    }
+    // And nothing of the port's rate is wasted.
+    assert!(
+        got.iter().sum::<u64>() >= 12_500_000 / 5 * 99 / 100,
+        "{got:?}"
+    );
+}

@@ -9,6 +9,7 @@
 mod disks;
 mod input;
 mod kernels;
+mod network;
 mod platform;
 mod protocols;
 mod virtio;
@@ -96,6 +97,26 @@ const TARGETS: &[Target] = &[
         name: "qcow2",
         run: disks::qcow2,
         seeds: disks::qcow2_seeds,
+    },
+    Target {
+        name: "switch",
+        run: network::switch,
+        seeds: network::seeds,
+    },
+    Target {
+        name: "gateway",
+        run: network::gateway,
+        seeds: network::seeds,
+    },
+    Target {
+        name: "vxlan",
+        run: network::vxlan,
+        seeds: network::vxlan_seeds,
+    },
+    Target {
+        name: "ring",
+        run: network::ring,
+        seeds: network::seeds,
     },
 ];
 
