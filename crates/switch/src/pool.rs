@@ -56,7 +56,7 @@ impl Pool {
     pub fn put(&mut self, frame: Frame) {
         let buffer = frame.into_buffer();
         let (store, limit) = match buffer.capacity() {
-            SMALL..LARGE => (&mut self.small, self.limit),
+            SMALL..=4096 => (&mut self.small, self.limit),
             LARGE..=131_072 => (&mut self.large, self.limit / 8),
             _ => return,
         };

@@ -495,6 +495,12 @@ impl Switch {
             && !(from_state.config.isolated && to_state.config.isolated)
     }
 
+    /// Whether a frame to `destination` can be for a port: a guarded one's addresses are known.
+    fn may_be(&self, port: PortId, destination: Mac) -> bool {
+        let guard = self.port(port).and_then(|config| config.guard.as_ref());
+        destination.is_multicast() || guard.is_none_or(|guard| guard.macs.contains(&destination))
+    }
+
     /// To every port that the frame's VLAN reaches.
     fn flood(&mut self, way: Way, frame: Frame, now: Time) -> Result<(), (Frame, DropReason)> {
         if let Some(state) = self.state(way.from) {
@@ -503,11 +509,12 @@ impl Switch {
                 return Err((frame, DropReason::FloodLimit));
             }
         }
+        let destination = packet::destination(frame.bytes()).unwrap_or(Mac::BROADCAST);
         let mut last = None;
         let mut receivers = 0u64;
         for index in 0..self.ports.len() {
             let to = PortId(index as u32);
-            if !self.reaches(way, to) {
+            if !self.reaches(way, to) || !self.may_be(to, destination) {
                 continue;
             }
             receivers += 1;
@@ -743,7 +750,8 @@ pub fn carry(
         more |= left == 0;
     }
     for (id, port) in ports.iter_mut() {
-        for _ in 0..batch.saturating_mul(2) {
+        let mut left = batch.saturating_mul(2);
+        while left > 0 {
             let Some(frame) = switch.take(*id, now) else {
                 break;
             };
@@ -751,7 +759,9 @@ pub fn carry(
                 switch.put_back(*id, frame);
                 break;
             }
+            left -= 1;
         }
+        more |= left == 0;
     }
     more
 }

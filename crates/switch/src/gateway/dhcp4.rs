@@ -45,6 +45,8 @@ pub struct Dhcp4Config {
     pub lease: Duration,
     /// Whether the gateway is the default route.
     pub router: bool,
+    /// Addresses in between that belong to somebody else, such as one that stands for the host.
+    pub excluded: Vec<Ipv4Addr>,
     /// Resolvers, at most three.
     pub dns: Vec<Ipv4Addr>,
     /// Search domain, or empty.
@@ -64,6 +66,7 @@ impl Dhcp4Config {
             last: Ipv4Addr::from(end.saturating_sub(1).max(base)),
             lease: Duration::from_secs(3600),
             router: true,
+            excluded: Vec::new(),
             dns: vec![network.addr()],
             domain: String::new(),
             mtu: 1500,
@@ -153,7 +156,9 @@ fn parse(message: &[u8]) -> Option<Request> {
 fn host_name(data: &[u8]) -> Option<String> {
     let text = std::str::from_utf8(data).ok()?.trim_end_matches('\0');
     let label = text.split('.').next()?.to_ascii_lowercase();
-    super::dns::is_label(&label).then_some(label)
+    // Names with a meaning of their own: a machine that took one could direct others to itself.
+    let special = ["localhost", "wpad", "isatap", "gateway"].contains(&label.as_str());
+    (super::dns::is_label(&label) && !special).then_some(label)
 }
 
 impl Dhcp4 {
@@ -218,6 +223,7 @@ impl Dhcp4 {
         let network = self.config.network;
         network.contains(&address)
             && address != network.addr()
+            && !self.config.excluded.contains(&address)
             && (network.prefix_len() >= 31
                 || (address != network.network() && address != network.broadcast()))
     }

@@ -39,6 +39,8 @@ const ANSWERS_MAX: usize = 1024;
 const QUERIES_MAX: usize = 256;
 /// Time between router advertisements that nobody asked for.
 const ADVERTISE_EVERY: Duration = Duration::from_secs(200);
+/// Shortest time between two advertisements to all (RFC 4861 section 6.2.6).
+const ADVERTISE_PAUSE: Duration = Duration::from_secs(3);
 
 /// What a gateway is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,6 +95,7 @@ pub struct Gateway {
     answers: VecDeque<Frame>,
     queries: VecDeque<Query>,
     advertise_at: Time,
+    pause_until: Time,
     identifier: u32,
     dropped: u64,
 }
@@ -106,8 +109,17 @@ impl Gateway {
             ipv6: config.ipv6.map(|ipv6| ipv6.network.addr()),
         };
         zone.set("gateway", own);
+        let dhcp4 = config.dhcp4.clone().map(|mut dhcp4| {
+            dhcp4
+                .excluded
+                .extend(config.also.iter().filter_map(|address| match address {
+                    IpAddr::V4(address) => Some(*address),
+                    IpAddr::V6(_) => None,
+                }));
+            Dhcp4::new(dhcp4)
+        });
         Gateway {
-            dhcp4: config.dhcp4.clone().map(Dhcp4::new),
+            dhcp4,
             zone,
             forwarder: Forwarder::default(),
             neighbours: Neighbours::default(),
@@ -115,6 +127,7 @@ impl Gateway {
             answers: VecDeque::new(),
             queries: VecDeque::new(),
             advertise_at: now,
+            pause_until: now,
             identifier: 0,
             dropped: 0,
             config,
@@ -244,6 +257,7 @@ impl Gateway {
     pub fn tick(&mut self, now: Time, pool: &mut Pool) {
         if self.config.ipv6.is_some() && now >= self.advertise_at {
             self.advertise_at = now.after(ADVERTISE_EVERY);
+            self.pause_until = now.after(ADVERTISE_PAUSE);
             let all = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
             self.advertise(all, Mac::from_bytes(&[0x33, 0x33, 0, 0, 0, 1]), pool);
         }
@@ -498,7 +512,7 @@ impl Gateway {
             Some(&ndp::kind::ROUTER_SOLICITATION) => {
                 // One that asks without an address is answered to all.
                 if source.is_unspecified() {
-                    self.advertise_at = now;
+                    self.advertise_at = self.advertise_at.min(self.pause_until.max(now));
                     self.tick(now, pool);
                 } else {
                     self.advertise(source, way.destination_mac, pool);
