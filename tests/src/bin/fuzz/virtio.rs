@@ -13,6 +13,7 @@ use strata_devices::virtio::{
 use strata_devices::{Device, InterruptSink, MsiMessage, PciFunction};
 use strata_disk::{Access, DiskBackend, DiskFormat, Source};
 use strata_memory::{Gpa, GuestMemory, SlotKind};
+use strata_switch::Pool;
 
 use super::input::{Input, Script, Sum};
 
@@ -358,9 +359,10 @@ pub fn net(bytes: &[u8]) -> u64 {
     let Ok((device, host)) = Net::new(options) else {
         return 0;
     };
-    let (mut to_guest, mut to_host) = (VecDeque::new(), Vec::new());
+    let (mut to_guest, mut to_host) = (VecDeque::new(), VecDeque::new());
+    let mut pool = Pool::new(64);
     let exchange = move || {
-        host.exchange(&mut to_guest, &mut to_host);
+        host.exchange(&mut to_guest, &mut to_host, &mut pool);
         let seen = to_host.len() as u64;
         to_guest.extend(to_host.drain(..));
         to_guest.truncate(64);

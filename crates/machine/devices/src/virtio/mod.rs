@@ -35,8 +35,7 @@ pub use console::{Console, ConsoleInput, ConsoleSize};
 pub use core::HostHandle;
 pub use device::{DeviceKind, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Io, VirtioDevice};
 pub use net::{
-    Exchange, Gso, MTU_MAX, MTU_MIN, Net, NetCounters, NetFrame, NetHost, NetOffloads, NetOptions,
-    Offload, PAIRS_MAX,
+    Exchange, MTU_MAX, MTU_MIN, Net, NetCounters, NetHost, NetOptions, NetPort, PAIRS_MAX,
 };
 pub use pci::VirtioPci;
 pub use queue::QueueError;

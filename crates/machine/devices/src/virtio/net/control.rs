@@ -89,7 +89,7 @@ impl Net {
                     return None;
                 }
                 self.guest_offloads = wanted;
-                self.shared.lock().offloads = self.offloads();
+                self.shared.lock().capabilities = self.capabilities();
                 Some(())
             }
             _ => None,

@@ -7,22 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
+use strata_switch::{Capabilities, Frame, Pool, Port, Time};
 
-use super::offload::NetFrame;
 use crate::virtio::core::HostHandle;
-
-/// What the guest does itself with frames that it gets.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct NetOffloads {
-    /// It takes frames whose checksum is not complete.
-    pub checksum: bool,
-    /// It takes TCP over IPv4 in pieces larger than a segment.
-    pub tcp4: bool,
-    /// It takes TCP over IPv6 in pieces larger than a segment.
-    pub tcp6: bool,
-    /// It takes several UDP datagrams of one size in one piece.
-    pub udp: bool,
-}
 
 /// What a network card has done since the machine was built.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +31,9 @@ pub struct NetCounters {
     pub misfit_to_guest: u64,
 }
 
+/// Frames that wait for the guest at a port at most; the rest waits in the switch.
+const WAITING_MAX: usize = 64;
+
 /// What device and host share.
 pub(super) struct Shared {
     doorbell: OwnedFd,
@@ -52,11 +42,13 @@ pub(super) struct Shared {
 }
 
 /// Frames under way and what each side says to the other. The device takes this lock while it has its own.
-#[derive(Default)]
 pub(super) struct Lanes {
-    pub(super) to_host: Vec<NetFrame>,
-    pub(super) to_guest: VecDeque<NetFrame>,
-    pub(super) offloads: NetOffloads,
+    pub(super) to_host: VecDeque<Frame>,
+    pub(super) to_guest: VecDeque<Frame>,
+    /// The host thread's own, while it waits.
+    pub(super) pool: Pool,
+    /// What the guest takes without help.
+    pub(super) capabilities: Capabilities,
     pub(super) link_up: bool,
     /// The guest is to make itself known.
     pub(super) announce: bool,
@@ -71,8 +63,16 @@ pub(super) struct Lanes {
 impl Shared {
     pub(super) fn new() -> io::Result<Shared> {
         let lanes = Lanes {
+            to_host: VecDeque::new(),
+            to_guest: VecDeque::new(),
+            pool: Pool::new(0),
+            capabilities: Capabilities::default(),
             link_up: true,
-            ..Lanes::default()
+            announce: false,
+            attended: false,
+            more: false,
+            closed: false,
+            counters: NetCounters::default(),
         };
         Ok(Shared {
             doorbell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -122,23 +122,27 @@ impl NetHost {
     /// there is work left although nobody will ring.
     pub fn exchange(
         &self,
-        to_guest: &mut VecDeque<NetFrame>,
-        to_host: &mut Vec<NetFrame>,
+        to_guest: &mut VecDeque<Frame>,
+        to_host: &mut VecDeque<Frame>,
+        pool: &mut Pool,
     ) -> Exchange {
         let Some(host) = self.0.host.get() else {
             return Exchange::Done;
         };
+        let mut swap = |lanes: &mut Lanes| {
+            std::mem::swap(&mut lanes.to_guest, to_guest);
+            std::mem::swap(&mut lanes.to_host, to_host);
+            std::mem::swap(&mut lanes.pool, pool);
+        };
         let mut lanes = self.0.lock();
-        std::mem::swap(&mut lanes.to_guest, to_guest);
-        std::mem::swap(&mut lanes.to_host, to_host);
+        swap(&mut lanes);
         (lanes.attended, lanes.more) = (true, false);
         drop(lanes);
         // The device's lock comes before that of the lanes.
         let alive = host.notify();
         let mut lanes = self.0.lock();
         lanes.attended = false;
-        std::mem::swap(&mut lanes.to_guest, to_guest);
-        std::mem::swap(&mut lanes.to_host, to_host);
+        swap(&mut lanes);
         match (alive && !lanes.closed, lanes.more) {
             (false, _) => Exchange::Closed,
             (true, true) => Exchange::More,
@@ -146,9 +150,9 @@ impl NetHost {
         }
     }
 
-    /// What the guest does itself with frames that it gets.
-    pub fn offloads(&self) -> NetOffloads {
-        self.0.lock().offloads
+    /// What the guest takes without help.
+    pub fn capabilities(&self) -> Capabilities {
+        self.0.lock().capabilities
     }
 
     /// What the card has done.
@@ -184,4 +188,56 @@ pub enum Exchange {
     More,
     /// The machine is at its end.
     Closed,
+}
+
+/// A network card as a port of a switch on the host's thread.
+pub struct NetPort {
+    host: NetHost,
+    to_guest: VecDeque<Frame>,
+    to_host: VecDeque<Frame>,
+}
+
+impl NetPort {
+    /// The port of the card with this end.
+    pub fn new(host: NetHost) -> NetPort {
+        NetPort {
+            host,
+            to_guest: VecDeque::new(),
+            to_host: VecDeque::new(),
+        }
+    }
+
+    /// The card's end.
+    pub fn host(&self) -> &NetHost {
+        &self.host
+    }
+
+    /// Exchanges frames with the card, once.
+    pub fn exchange(&mut self, pool: &mut Pool) -> Exchange {
+        self.host
+            .exchange(&mut self.to_guest, &mut self.to_host, pool)
+    }
+
+    /// Whether frames wait for the guest.
+    pub fn has_frames_for_guest(&self) -> bool {
+        !self.to_guest.is_empty()
+    }
+}
+
+impl Port for NetPort {
+    fn deliver(&mut self, frame: Frame, _: Time, _: &mut Pool) -> Result<(), Frame> {
+        if self.to_guest.len() >= WAITING_MAX {
+            return Err(frame);
+        }
+        self.to_guest.push_back(frame);
+        Ok(())
+    }
+
+    fn poll(&mut self, _: Time, _: &mut Pool) -> Option<Frame> {
+        self.to_host.pop_front()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.host.capabilities()
+    }
 }

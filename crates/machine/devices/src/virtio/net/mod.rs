@@ -9,10 +9,10 @@
 //!   driver ──doorbell──▶ notified ──eventfd──▶ host thread ──exchange──▶ host_event: transmit, then receive
 //! ```
 //!
-//! A frame is what is on the wire between Ethernet's preamble and its checksum, with what is left to be done to it
-//! ([`Offload`]). A malformed frame is dropped and counted; a malformed ring stops the device.
+//! A frame is the switch's [`Frame`]: with it goes what is left to be done to it. A malformed frame is dropped and counted;
+//! a malformed ring stops the device.
 //!
-//! Limitations: no receive-side scaling by hash keys, no notification coalescing, one link speed.
+//! Limitations: no ECN with segmentation, no receive-side scaling by hash keys, no notification coalescing, one link speed.
 
 mod control;
 mod filter;
@@ -25,6 +25,7 @@ mod tests;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use strata_switch::{Capabilities, Frame, MAX_FRAME, Offload, Pool, SegmentationKind};
 
 use super::chain::Chain;
 use super::core::HostHandle;
@@ -32,10 +33,9 @@ use super::device::{DeviceKind, Io, VirtioDevice};
 use super::queue::QueueError;
 use crate::{RestoreError, SavedState};
 use filter::Filter;
-pub use host::{Exchange, NetCounters, NetHost, NetOffloads};
+pub use host::{Exchange, NetCounters, NetHost, NetPort};
 use host::{Lanes, Shared};
 use offload::HEADER_BYTES;
-pub use offload::{Gso, NetFrame, Offload};
 use steer::Steering;
 
 /// Feature bits (5.1.3).
@@ -47,10 +47,8 @@ mod feature {
     pub(super) const MAC: u64 = 1 << 5;
     pub(super) const GUEST_TSO4: u64 = 1 << 7;
     pub(super) const GUEST_TSO6: u64 = 1 << 8;
-    pub(super) const GUEST_ECN: u64 = 1 << 9;
     pub(super) const HOST_TSO4: u64 = 1 << 11;
     pub(super) const HOST_TSO6: u64 = 1 << 12;
-    pub(super) const HOST_ECN: u64 = 1 << 13;
     pub(super) const MRG_RXBUF: u64 = 1 << 15;
     pub(super) const STATUS: u64 = 1 << 16;
     pub(super) const CTRL_VQ: u64 = 1 << 17;
@@ -66,7 +64,7 @@ mod feature {
     pub(super) const SPEED_DUPLEX: u64 = 1 << 63;
     /// What the driver can change while it runs, by CTRL_GUEST_OFFLOADS.
     pub(super) const GUEST_OFFLOADS: u64 =
-        GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | GUEST_USO4 | GUEST_USO6;
+        GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_USO4 | GUEST_USO6;
 }
 
 /// VIRTIO_NET_S_LINK_UP and VIRTIO_NET_S_ANNOUNCE in the configuration's status.
@@ -86,8 +84,6 @@ const CONTROL_QUEUE_SIZE: u16 = 64;
 
 /// Ethernet's header: two addresses and a type.
 const ETHERNET_BYTES: usize = 14;
-/// A frame with two VLAN tags and the largest IP packet.
-const FRAME_BYTES_MAX: usize = 65_535 + ETHERNET_BYTES + 8;
 
 /// What one round moves at most: chains from the driver, chains to it, bytes from it. Less than one call may take.
 const ROUND_CHAINS_OUT: u32 = 256;
@@ -168,9 +164,9 @@ impl Net {
     }
 
     /// What frames for the guest may be left to it.
-    fn offloads(&self) -> NetOffloads {
+    fn capabilities(&self) -> Capabilities {
         let has = |feature| self.guest_offloads & feature != 0;
-        NetOffloads {
+        Capabilities {
             checksum: has(feature::GUEST_CSUM),
             tcp4: has(feature::GUEST_TSO4),
             tcp6: has(feature::GUEST_TSO6),
@@ -180,13 +176,14 @@ impl Net {
 
     /// Whether a frame may leave so much to the host (5.1.6.2).
     fn may_send(&self, offload: &Offload) -> bool {
-        let of_gso = match offload.gso {
-            Gso::None => return offload.checksum.is_none() || self.has(feature::CSUM),
-            Gso::Tcp4 => feature::HOST_TSO4,
-            Gso::Tcp6 => feature::HOST_TSO6,
-            Gso::Udp => feature::HOST_USO,
+        let Some(segmentation) = offload.segmentation else {
+            return offload.needs_checksum.is_none() || self.has(feature::CSUM);
         };
-        self.has(of_gso) && (!offload.ecn || self.has(feature::HOST_ECN))
+        self.has(match segmentation.kind {
+            SegmentationKind::Tcp4 => feature::HOST_TSO4,
+            SegmentationKind::Tcp6 => feature::HOST_TSO6,
+            SegmentationKind::Udp => feature::HOST_USO,
+        })
     }
 
     /// Takes frames from the driver, from all queues in turn. True if there may be more.
@@ -196,15 +193,15 @@ impl Net {
             let pair = (self.next_pair + turn) % self.pairs;
             let queue = pair * 2 + 1;
             while let Some(chain) = io.pop(queue)? {
-                match self.take(&chain, io) {
+                match self.take(&chain, io, &mut lanes.pool) {
                     Some(frame) => {
                         if self.pairs > 1 {
-                            self.steering.learn(&frame.bytes, pair);
+                            self.steering.learn(frame.bytes(), pair);
                         }
-                        bytes += frame.bytes.len();
+                        bytes += frame.len();
                         lanes.counters.frames_from_guest += 1;
-                        lanes.counters.bytes_from_guest += frame.bytes.len() as u64;
-                        lanes.to_host.push(frame);
+                        lanes.counters.bytes_from_guest += frame.len() as u64;
+                        lanes.to_host.push_back(frame);
                     }
                     None => lanes.counters.malformed_from_guest += 1,
                 }
@@ -220,58 +217,59 @@ impl Net {
     }
 
     /// The frame in a chain, if it is well-formed.
-    fn take(&self, chain: &Chain, io: &Io<'_>) -> Option<NetFrame> {
+    fn take(&self, chain: &Chain, io: &Io<'_>, pool: &mut Pool) -> Option<Frame> {
         let mut reader = chain.reader(io.memory());
         let header = reader.read_array::<HEADER_BYTES>().ok()?;
         let len = reader.remaining() as usize;
-        if !(ETHERNET_BYTES..=FRAME_BYTES_MAX).contains(&len) {
+        if !(ETHERNET_BYTES..=MAX_FRAME).contains(&len) {
             return None;
         }
-        let offload = Offload::parse(&header, len).filter(|offload| self.may_send(offload))?;
-        let mut bytes = vec![0; len];
-        reader.read_exact(&mut bytes).ok()?;
-        Some(NetFrame { bytes, offload })
+        let offload = offload::parse(&header, len).filter(|offload| self.may_send(offload))?;
+        let mut frame = pool.frame(len);
+        reader.read_exact(frame.bytes_mut()).ok()?;
+        frame.offload = offload;
+        Some(frame)
     }
 
     /// Gives frames to the driver as far as it has buffers. True if some wait although there may be buffers.
     fn receive(&mut self, io: &mut Io<'_>, lanes: &mut Lanes) -> Result<bool, QueueError> {
-        let (mut taken, offloads) = (0, self.offloads());
-        while let Some(frame) = lanes.to_guest.front_mut() {
+        let (mut taken, capabilities) = (0, self.capabilities());
+        while let Some(mut frame) = lanes.to_guest.pop_front() {
             if taken >= ROUND_CHAINS_IN {
+                lanes.to_guest.push_front(frame);
                 return Ok(true);
             }
-            if !self.link_up || !self.filter.lets_in(&frame.bytes, &self.mac, self.features) {
+            if !self.link_up || !self.filter.lets_in(frame.bytes(), &self.mac, self.features) {
                 lanes.counters.filtered_to_guest += 1;
-                lanes.to_guest.pop_front();
-                continue;
-            }
-            if !frame.fit(&offloads) {
+            } else if !fit(&mut frame, capabilities) {
                 lanes.counters.misfit_to_guest += 1;
-                lanes.to_guest.pop_front();
-                continue;
-            }
-            let pair = match self.pairs {
-                1 => 0,
-                pairs => self.steering.pair_of(&frame.bytes) % pairs,
-            };
-            match self.give(frame, pair * 2, io)? {
-                Given::Yes(chains) => {
-                    taken += chains;
-                    lanes.counters.frames_to_guest += 1;
-                    lanes.counters.bytes_to_guest += frame.bytes.len() as u64;
+            } else {
+                let pair = match self.pairs {
+                    1 => 0,
+                    pairs => self.steering.pair_of(frame.bytes()) % pairs,
+                };
+                match self.give(&frame, pair * 2, io)? {
+                    Given::Yes(chains) => {
+                        taken += chains;
+                        lanes.counters.frames_to_guest += 1;
+                        lanes.counters.bytes_to_guest += frame.len() as u64;
+                    }
+                    Given::NoBuffers => {
+                        lanes.to_guest.push_front(frame);
+                        return Ok(false);
+                    }
+                    Given::Never => lanes.counters.misfit_to_guest += 1,
                 }
-                Given::NoBuffers => return Ok(false),
-                Given::Never => lanes.counters.misfit_to_guest += 1,
             }
-            lanes.to_guest.pop_front();
+            lanes.pool.put(frame);
         }
         Ok(false)
     }
 
     /// Puts a frame into as many of the driver's buffers as it needs (5.1.6.4).
-    fn give(&self, frame: &NetFrame, queue: u16, io: &mut Io<'_>) -> Result<Given, QueueError> {
+    fn give(&self, frame: &Frame, queue: u16, io: &mut Io<'_>) -> Result<Given, QueueError> {
         let merge = self.has(feature::MRG_RXBUF);
-        let needed = HEADER_BYTES + frame.bytes.len();
+        let needed = HEADER_BYTES + frame.len();
         let mut chains: Vec<Chain> = Vec::new();
         let mut room = 0;
         while room < needed {
@@ -292,8 +290,8 @@ impl Net {
             chains.push(chain);
         }
         let count = chains.len() as u16;
-        let header = frame.offload.encode(count);
-        let mut rest = frame.bytes.as_slice();
+        let header = offload::encode(&frame.offload, count);
+        let mut rest = frame.bytes();
         let mut done = Vec::with_capacity(chains.len());
         for (at, chain) in chains.into_iter().enumerate() {
             let mut writer = chain.writer(io.memory());
@@ -323,6 +321,15 @@ impl Net {
     }
 }
 
+/// Makes a frame one that a guest with these capabilities takes; false if that is not possible here.
+fn fit(frame: &mut Frame, capabilities: Capabilities) -> bool {
+    if !capabilities.checksum && frame.offload.segmentation.is_none() {
+        frame.offload.checksum_valid = false;
+        return frame.finish_checksum();
+    }
+    capabilities.takes(&frame.offload)
+}
+
 /// What became of a frame for the driver.
 enum Given {
     /// It took that many buffers.
@@ -346,10 +353,8 @@ impl VirtioDevice for Net {
             | feature::MAC
             | feature::GUEST_TSO4
             | feature::GUEST_TSO6
-            | feature::GUEST_ECN
             | feature::HOST_TSO4
             | feature::HOST_TSO6
-            | feature::HOST_ECN
             | feature::MRG_RXBUF
             | feature::STATUS
             | feature::CTRL_VQ
@@ -399,7 +404,7 @@ impl VirtioDevice for Net {
     fn activate(&mut self, features: u64, _io: &mut Io<'_>) -> Result<(), QueueError> {
         self.features = features;
         self.guest_offloads = features & feature::GUEST_OFFLOADS;
-        self.shared.lock().offloads = self.offloads();
+        self.shared.lock().capabilities = self.capabilities();
         Ok(())
     }
 
@@ -437,7 +442,7 @@ impl VirtioDevice for Net {
         self.filter = Filter::default();
         self.steering = Steering::default();
         let mut lanes = self.shared.lock();
-        lanes.offloads = NetOffloads::default();
+        lanes.capabilities = Capabilities::default();
         // They were for a driver that is gone.
         lanes.to_guest.clear();
     }
@@ -477,7 +482,7 @@ impl VirtioDevice for Net {
         // Where the machine goes on its neighbours are to hear of it.
         self.announce = saved.announce || self.has(feature::GUEST_ANNOUNCE);
         self.filter = saved.filter;
-        self.shared.lock().offloads = self.offloads();
+        self.shared.lock().capabilities = self.capabilities();
         Ok(())
     }
 }
