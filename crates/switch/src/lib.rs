@@ -36,6 +36,7 @@ mod fragment;
 mod frame;
 pub mod gateway;
 mod guard;
+pub mod nat;
 pub mod packet;
 pub mod pcapng;
 pub mod policy;

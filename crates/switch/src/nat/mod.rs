@@ -1,0 +1,802 @@
+//! User-mode NAT: a guest's flows become sockets of the host, without privileges and without a TCP stack.
+//!
+//! ```text
+//!   mod        the port: frames in, frames out; who owns which flow; the host's answers
+//!   tcp        one connection             datagram   one UDP flow, or ICMP echo
+//!   flow       the table and its timers   wire       headers
+//! ```
+//!
+//! The NAT makes no sockets. It asks for connected ones ([`Host`]), so it can run where none can be made, and whoever
+//! makes them decides whom a guest may reach. On what it was given it only sends, receives and shuts down. It runs on one
+//! thread, which waits at [`Nat::descriptor`] and calls [`Nat::service`] when that is readable.
+//!
+//! What goes to the guest is made when it is asked for ([`Port::poll`]): what the guest has no room for stays in the
+//! host's buffers. Flows are limited in number, and so is the memory that they hold.
+
+mod datagram;
+mod flow;
+mod tcp;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::hash::BuildHasher;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use foldhash::quality::RandomState;
+use rustix::buffer::spare_capacity;
+use rustix::event::Timespec;
+use rustix::event::epoll;
+
+use self::datagram::Datagrams;
+use self::flow::{FlowId, Flows, Key, Kind};
+use self::tcp::{Fate, Heard, Next, Tcp};
+use self::wire::{Ends, Segment, flag};
+use crate::checksum;
+use crate::frame::{Frame, SegmentationKind};
+use crate::packet::{self, Content, Ip, Mac, protocol};
+use crate::pool::Pool;
+use crate::port::{Capabilities, Port};
+use crate::time::Time;
+
+/// The token of the host's answers among the events; flows have others.
+const ANSWERS: u64 = u64::MAX;
+/// Events taken at a time.
+const EVENTS: usize = 256;
+/// Answers taken at a time.
+const ANSWERS_AT_ONCE: usize = 64;
+/// Frames without a flow that wait for the guest at most.
+const LOOSE_MAX: usize = 256;
+const DNS_PORT: u16 = 53;
+
+/// What a network of one guest and its gateway is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NatConfig {
+    /// The gateway's Ethernet address.
+    pub mac: Mac,
+    /// The gateway's addresses.
+    pub gateway4: Ipv4Addr,
+    /// The same for IPv6.
+    pub gateway6: Ipv6Addr,
+    /// The guest that gets what is published.
+    pub guest_mac: Mac,
+    /// The address that it is given; one that it is seen to use takes its place.
+    pub guest4: Ipv4Addr,
+    /// The longest packet of the network.
+    pub mtu: u16,
+    /// Flows at most.
+    pub flows_max: usize,
+    /// Bytes that all flows together may hold before windows become small.
+    pub memory_max: usize,
+}
+
+/// A socket that the NAT asks for. All are connected, and none blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// A TCP connection that is being made.
+    Tcp(SocketAddr),
+    /// A UDP socket.
+    Udp(SocketAddr),
+    /// A ping socket.
+    Echo(IpAddr),
+    /// A TCP connection or a UDP socket to a port of the host itself.
+    Here {
+        /// TCP, not UDP.
+        tcp: bool,
+        /// The port.
+        port: u16,
+        /// Over IPv6.
+        v6: bool,
+    },
+    /// A TCP connection or a UDP socket to one of the host's resolvers; another one the more have not answered.
+    Resolver {
+        /// TCP, not UDP.
+        tcp: bool,
+        /// Names not answered since one was.
+        failures: u32,
+    },
+}
+
+/// What the host says.
+#[derive(Debug)]
+pub enum Answer {
+    /// To a wish.
+    Socket {
+        /// Whose.
+        flow: u64,
+        /// The socket, and whether looking at its data goes on where it was (`SO_PEEK_OFF`); or nothing.
+        socket: Option<(OwnedFd, bool)>,
+    },
+    /// A peer connected to a published port.
+    Connection {
+        /// The connection.
+        socket: OwnedFd,
+        /// As in [`Answer::Socket`].
+        peeks: bool,
+        /// Who.
+        peer: SocketAddr,
+        /// The guest's port.
+        port: u16,
+    },
+    /// A peer sent a datagram to a published port.
+    Datagram {
+        /// Connected to the peer.
+        socket: OwnedFd,
+        /// Who.
+        peer: SocketAddr,
+        /// The guest's port.
+        port: u16,
+        /// What it sent.
+        payload: Vec<u8>,
+    },
+}
+
+/// Who makes sockets.
+pub trait Host: Send {
+    /// Asks; the answer has the same `flow`. False if that is not possible now.
+    fn ask(&mut self, flow: u64, wish: Wish) -> bool;
+
+    /// The next answer, if there is one now.
+    fn answer(&mut self) -> Option<Answer>;
+
+    /// Readable when there may be an answer.
+    fn descriptor(&self) -> BorrowedFd<'_>;
+}
+
+/// What the NAT has done and has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NatCounters {
+    /// Flows now.
+    pub flows: u64,
+    /// TCP connections that the guest began.
+    pub tcp_out: u64,
+    /// TCP connections that peers of the host began.
+    pub tcp_in: u64,
+    /// Connections that ended with a reset, whoever sent it.
+    pub tcp_reset: u64,
+    /// Times that a connection's data was sent to the guest again.
+    pub tcp_again: u64,
+    /// UDP flows and pings.
+    pub datagram_flows: u64,
+    /// Flows that were not made because there were too many.
+    pub refused_full: u64,
+    /// Sockets that the host did not give.
+    pub refused_host: u64,
+    /// Packets of the guest that contradict themselves.
+    pub malformed: u64,
+    /// Packets with a wrong checksum.
+    pub checksum: u64,
+    /// Fragments, which are not put together here.
+    pub fragments: u64,
+    /// Packets of other protocols, to groups, or to nobody.
+    pub unknown: u64,
+}
+
+/// The NAT of one network. It is a port of the network's switch, beside the gateway's answers.
+pub struct Nat {
+    config: NatConfig,
+    host: Box<dyn Host>,
+    epoll: OwnedFd,
+    flows: Flows,
+    /// Flows with something for the guest.
+    ready: VecDeque<FlowId>,
+    /// Frames that belong to no flow.
+    loose: VecDeque<Frame>,
+    /// The guest's addresses as seen last.
+    guest4: Ipv4Addr,
+    guest6: Option<Ipv6Addr>,
+    guest_mac: Mac,
+    /// Bytes that flows hold, as of their last events.
+    memory: usize,
+    dns_failures: u32,
+    secret: RandomState,
+    counters: NatCounters,
+}
+
+impl Nat {
+    /// A NAT without flows.
+    ///
+    /// # Errors
+    /// If the system gives no descriptor.
+    pub fn new(config: NatConfig, host: Box<dyn Host>) -> io::Result<Nat> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let token = epoll::EventData::new_u64(ANSWERS);
+        epoll::add(&epoll, host.descriptor(), token, epoll::EventFlags::IN)?;
+        Ok(Nat {
+            host,
+            epoll,
+            flows: Flows::default(),
+            ready: VecDeque::new(),
+            loose: VecDeque::new(),
+            guest4: config.guest4,
+            guest6: None,
+            guest_mac: config.guest_mac,
+            memory: 0,
+            dns_failures: 0,
+            secret: RandomState::default(),
+            counters: NatCounters::default(),
+            config,
+        })
+    }
+
+    /// Readable when [`Nat::service`] has something to do.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+
+    /// What it has done.
+    pub fn counters(&self) -> NatCounters {
+        NatCounters {
+            flows: self.flows.len() as u64,
+            ..self.counters
+        }
+    }
+
+    /// Whether `poll` has something to do now.
+    pub fn has_frames(&self) -> bool {
+        !self.ready.is_empty() || !self.loose.is_empty()
+    }
+
+    /// Takes what has happened at the sockets, some at a time. What is left makes the descriptor readable again.
+    pub fn service(&mut self, now: Time) {
+        let mut events = Vec::with_capacity(EVENTS);
+        let at_once = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // An interruption is like nothing: the descriptor stays readable.
+        let _ = epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&at_once));
+        for event in events {
+            match event.data.u64() {
+                ANSWERS => self.answers(now),
+                flow => self.event(FlowId::of(flow), event.flags, now),
+            }
+        }
+    }
+
+    fn answers(&mut self, now: Time) {
+        for _ in 0..ANSWERS_AT_ONCE {
+            match self.host.answer() {
+                None => return,
+                Some(Answer::Socket { flow, socket }) => {
+                    self.opened(FlowId::of(flow), socket, now);
+                }
+                Some(Answer::Connection {
+                    socket,
+                    peeks,
+                    peer,
+                    port,
+                }) => {
+                    if let Some(key) = self.key_of_peer(protocol::TCP, peer, port) {
+                        let tcp = Tcp::by_host(socket, peeks, self.isn(&key, now));
+                        self.counters.tcp_in += 1;
+                        self.adopt(key, Kind::Tcp(Box::new(tcp)), now);
+                    }
+                }
+                Some(Answer::Datagram {
+                    socket,
+                    peer,
+                    port,
+                    payload,
+                }) => {
+                    if let Some(key) = self.key_of_peer(protocol::UDP, peer, port) {
+                        let datagrams = Datagrams::by_host(socket, payload);
+                        self.counters.datagram_flows += 1;
+                        self.adopt(key, Kind::Datagrams(Box::new(datagrams)), now);
+                    }
+                }
+            }
+        }
+    }
+
+    /// How the guest sees a flow that a peer of the host begins. A peer on the host itself, and one whose address the
+    /// guest has no way to, is the gateway to it.
+    fn key_of_peer(&mut self, protocol: u8, peer: SocketAddr, port: u16) -> Option<Key> {
+        let (guest, gateway): (IpAddr, IpAddr) = match (peer.is_ipv6(), self.guest6) {
+            (true, Some(guest)) => (guest.into(), self.config.gateway6.into()),
+            _ => (self.guest4.into(), self.config.gateway4.into()),
+        };
+        let known = peer.is_ipv4() == guest.is_ipv4() && !peer.ip().is_loopback();
+        let remote = if known { peer.ip() } else { gateway };
+        let mut key = Key {
+            protocol,
+            guest: SocketAddr::new(guest, port),
+            remote: SocketAddr::new(remote, peer.port()),
+        };
+        // Several of the host's addresses are one to the guest: then another port is taken.
+        for _ in 0..1024 {
+            if self.flows.find(&key).is_none() {
+                return Some(key);
+            }
+            let next = key.remote.port().wrapping_add(1).max(1024);
+            key.remote.set_port(next);
+        }
+        None
+    }
+
+    /// Takes a flow that begins with a socket.
+    fn adopt(&mut self, key: Key, kind: Kind, now: Time) {
+        if self.flows.len() >= self.config.flows_max {
+            self.counters.refused_full += 1;
+            return;
+        }
+        let id = self.flows.add(key, self.guest_mac, kind, now);
+        self.watch(id);
+        self.list(id);
+        self.settle(id, Fate::Lives, now);
+    }
+
+    /// Has the system tell of what happens at a flow's socket.
+    fn watch(&mut self, id: FlowId) {
+        let Some(flow) = self.flows.get(id) else {
+            return;
+        };
+        let (socket, flags) = match &flow.kind {
+            Kind::Tcp(tcp) => (
+                tcp.socket(),
+                epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP,
+            ),
+            Kind::Datagrams(datagrams) => (datagrams.socket(), epoll::EventFlags::IN),
+        };
+        if let Some(socket) = socket {
+            let token = epoll::EventData::new_u64(id.number());
+            // If there is no memory for it the flow ends by its time-out.
+            let _ = epoll::add(&self.epoll, socket, token, flags | epoll::EventFlags::ET);
+        }
+    }
+
+    fn list(&mut self, id: FlowId) {
+        if let Some(flow) = self.flows.get(id)
+            && !flow.listed
+        {
+            flow.listed = true;
+            self.ready.push_back(id);
+        }
+    }
+
+    fn opened(&mut self, id: FlowId, socket: Option<(OwnedFd, bool)>, now: Time) {
+        let Some(flow) = self.flows.get(id) else {
+            return;
+        };
+        let Some((socket, peeks)) = socket else {
+            self.counters.refused_host += 1;
+            return self.settle(id, Fate::Reset, now);
+        };
+        match &mut flow.kind {
+            Kind::Tcp(tcp) => tcp.opened(socket, peeks),
+            Kind::Datagrams(datagrams) => datagrams.opened(socket),
+        }
+        self.watch(id);
+        self.settle(id, Fate::Lives, now);
+    }
+
+    fn event(&mut self, id: FlowId, events: epoll::EventFlags, now: Time) {
+        let Some(flow) = self.flows.get(id) else {
+            return;
+        };
+        let before = memory(&flow.kind);
+        let fate = match &mut flow.kind {
+            Kind::Tcp(tcp) => tcp.ready(events),
+            Kind::Datagrams(datagrams) => {
+                datagrams.ready(events);
+                Fate::Lives
+            }
+        };
+        let after = memory(&flow.kind);
+        self.account(before, after);
+        self.list(id);
+        self.settle(id, fate, now);
+    }
+
+    fn account(&mut self, before: usize, after: usize) {
+        self.memory = (self.memory + after).saturating_sub(before);
+    }
+
+    /// Does to a flow what an event has brought about, and sets its timer.
+    fn settle(&mut self, id: FlowId, fate: Fate, now: Time) {
+        let Some(flow) = self.flows.get(id) else {
+            return;
+        };
+        if fate == Fate::Lives {
+            let patience = match &flow.kind {
+                Kind::Tcp(tcp) => tcp.patience(),
+                Kind::Datagrams(datagrams) => datagrams.patience(&flow.key),
+            };
+            return self.flows.set_timer(id, now.after(patience));
+        }
+        let Some(mut flow) = self.flows.remove(id) else {
+            return;
+        };
+        self.account(memory(&flow.kind), 0);
+        let ends = self.ends(&flow.key, flow.mac);
+        if let Kind::Tcp(tcp) = &mut flow.kind
+            && fate != Fate::Over
+        {
+            self.counters.tcp_reset += 1;
+            if fate == Fate::Reset {
+                let frame = tcp.reset(&flow.key, &ends, &mut Pool::new(0));
+                self.say(frame);
+            }
+            if let Some(socket) = tcp.take_socket() {
+                // Closed like that, a socket sends a reset.
+                let at_once = Some(std::time::Duration::ZERO);
+                let _ = rustix::net::sockopt::set_socket_linger(&socket, at_once);
+            }
+        }
+    }
+
+    /// Sends a frame that belongs to no flow.
+    fn say(&mut self, frame: Frame) {
+        if self.loose.len() < LOOSE_MAX {
+            self.loose.push_back(frame);
+        }
+    }
+
+    fn ends(&self, key: &Key, mac: Mac) -> Ends {
+        Ends {
+            from_mac: self.config.mac,
+            to_mac: mac,
+            from: key.remote.ip(),
+            to: key.guest.ip(),
+        }
+    }
+
+    /// A first sequence number that nobody can guess (RFC 6528).
+    fn isn(&self, key: &Key, now: Time) -> u32 {
+        (self.secret.hash_one(key) as u32).wrapping_add((now.nanos() >> 12) as u32)
+    }
+
+    /// Takes a frame of the guest.
+    fn take(&mut self, frame: &Frame, now: Time) {
+        let bytes = frame.bytes();
+        let Ok(content) = packet::content(bytes) else {
+            self.counters.malformed += 1;
+            return;
+        };
+        let (Content::Ip(ip), Some(mac)) = (content, packet::source(bytes)) else {
+            self.counters.unknown += 1;
+            return;
+        };
+        if ip.fragment.is_some() {
+            self.counters.fragments += 1;
+            return;
+        }
+        if packet::multicast(ip.destination).is_some() || ip.source.is_unspecified() {
+            self.counters.unknown += 1;
+            return;
+        }
+        self.see(&ip, mac);
+        let trusted = frame.offload.needs_checksum.is_some() || frame.offload.checksum_valid;
+        let payload = ip.payload(bytes);
+        if !trusted && ip.protocol != protocol::ICMP && !checksum_is_right(&ip, payload) {
+            self.counters.checksum += 1;
+            return;
+        }
+        let done = match ip.protocol {
+            protocol::TCP => self.tcp(&ip, mac, payload, now),
+            protocol::UDP => {
+                let size = match frame.offload.segmentation {
+                    Some(how) if how.kind == SegmentationKind::Udp => usize::from(how.size),
+                    _ => usize::MAX,
+                };
+                self.udp(&ip, mac, payload, size, now)
+            }
+            protocol::ICMP | protocol::ICMPV6 => self.echo(&ip, mac, payload, now),
+            _ => {
+                self.counters.unknown += 1;
+                Some(())
+            }
+        };
+        if done.is_none() {
+            self.counters.malformed += 1;
+        }
+    }
+
+    /// Remembers where the guest is.
+    fn see(&mut self, ip: &Ip, mac: Mac) {
+        if mac != self.config.guest_mac {
+            return;
+        }
+        match ip.source {
+            IpAddr::V4(address) => self.guest4 = address,
+            IpAddr::V6(address) if !address.is_unicast_link_local() => self.guest6 = Some(address),
+            IpAddr::V6(_) => {}
+        }
+    }
+
+    fn is_gateway(&self, address: IpAddr) -> bool {
+        address == self.config.gateway4 || address == self.config.gateway6
+    }
+
+    fn wish(&self, remote: SocketAddr, tcp: bool) -> Wish {
+        match (self.is_gateway(remote.ip()), remote.port(), tcp) {
+            (true, DNS_PORT, _) => Wish::Resolver {
+                tcp,
+                failures: self.dns_failures,
+            },
+            (true, port, _) => Wish::Here {
+                tcp,
+                port,
+                v6: remote.is_ipv6(),
+            },
+            (false, _, true) => Wish::Tcp(remote),
+            (false, _, false) => Wish::Udp(remote),
+        }
+    }
+
+    /// Makes a flow and asks the host for its socket.
+    fn begin(&mut self, key: Key, mac: Mac, kind: Kind, wish: Wish, now: Time) -> Option<FlowId> {
+        if self.flows.len() >= self.config.flows_max {
+            self.counters.refused_full += 1;
+            return None;
+        }
+        let id = self.flows.add(key, mac, kind, now);
+        if !self.host.ask(id.number(), wish) {
+            self.counters.refused_host += 1;
+            self.flows.remove(id);
+            return None;
+        }
+        Some(id)
+    }
+
+    fn tcp(&mut self, ip: &Ip, mac: Mac, payload: &[u8], now: Time) -> Option<()> {
+        let (from, to, heard) = Heard::parse(payload)?;
+        let key = Key {
+            protocol: protocol::TCP,
+            guest: SocketAddr::new(ip.source, from),
+            remote: SocketAddr::new(ip.destination, to),
+        };
+        let opens = heard.flags & (flag::SYN | flag::ACK | flag::RST) == flag::SYN;
+        let mut known = self.flows.find(&key);
+        if let (true, Some(id)) = (opens, known)
+            && let Some(flow) = self.flows.get(id)
+            && let Kind::Tcp(tcp) = &flow.kind
+            && tcp.is_left_by(&heard)
+        {
+            // The guest has forgotten the old connection and begins anew.
+            self.settle(id, Fate::Aborted, now);
+            known = None;
+        }
+        let Some(id) = known else {
+            if opens {
+                let tcp = Tcp::by_guest(&heard, self.isn(&key, now));
+                let wish = self.wish(key.remote, true);
+                let kind = Kind::Tcp(Box::new(tcp));
+                match self.begin(key, mac, kind, wish, now) {
+                    Some(id) => {
+                        self.counters.tcp_out += 1;
+                        self.settle(id, Fate::Lives, now);
+                    }
+                    None => self.refuse(&key, mac, &heard),
+                }
+            } else if heard.flags & flag::RST == 0 {
+                self.refuse(&key, mac, &heard);
+            }
+            return Some(());
+        };
+        let flow = self.flows.get(id)?;
+        let Kind::Tcp(tcp) = &mut flow.kind else {
+            return Some(());
+        };
+        let before = tcp.memory();
+        let fate = tcp.segment(&heard);
+        let after = tcp.memory();
+        self.account(before, after);
+        self.list(id);
+        self.settle(id, fate, now);
+        Some(())
+    }
+
+    /// Answers a segment of no connection (RFC 9293 section 3.10.7.1).
+    fn refuse(&mut self, key: &Key, mac: Mac, heard: &Heard<'_>) {
+        let ends = self.ends(key, mac);
+        let (seq, flags) = match heard.flags & flag::ACK {
+            0 => (0, flag::RST | flag::ACK),
+            _ => (heard.ack, flag::RST),
+        };
+        let segment = Segment {
+            from: key.remote.port(),
+            to: key.guest.port(),
+            seq,
+            ack: heard.seq.wrapping_add(heard.len()),
+            flags,
+            window: 0,
+            options: &[],
+            mss: u16::MAX,
+        };
+        let frame = wire::tcp_control(&mut Pool::new(0), &ends, &segment);
+        self.say(frame);
+    }
+
+    fn udp(&mut self, ip: &Ip, mac: Mac, payload: &[u8], size: usize, now: Time) -> Option<()> {
+        let (from, to) = (packet::get_u16(payload, 0)?, packet::get_u16(payload, 2)?);
+        let payload = payload.get(wire::UDP_HEADER..)?;
+        let key = Key {
+            protocol: protocol::UDP,
+            guest: SocketAddr::new(ip.source, from),
+            remote: SocketAddr::new(ip.destination, to),
+        };
+        let wish = self.wish(key.remote, false);
+        if payload.is_empty() {
+            self.datagram(key, mac, payload, wish, now);
+        }
+        for part in payload.chunks(size.max(1)) {
+            self.datagram(key, mac, part, wish, now);
+        }
+        Some(())
+    }
+
+    fn echo(&mut self, ip: &Ip, mac: Mac, message: &[u8], now: Time) -> Option<()> {
+        let (kind, v6) = (*message.first()?, ip.destination.is_ipv6());
+        if kind != if v6 { 128 } else { 8 } || message.len() < wire::ECHO_HEADER {
+            self.counters.unknown += 1;
+            return Some(());
+        }
+        if self.is_gateway(ip.destination) {
+            let ends = Ends {
+                from_mac: self.config.mac,
+                to_mac: mac,
+                from: ip.destination,
+                to: ip.source,
+            };
+            let at = ends.headers();
+            let mut frame = Pool::new(0).frame(at + message.len());
+            packet::put(frame.bytes_mut(), at, message);
+            packet::put(frame.bytes_mut(), at, &[if v6 { 129 } else { 0 }]);
+            wire::icmp(&mut frame, &ends, message.len());
+            self.say(frame);
+            return Some(());
+        }
+        let key = Key {
+            protocol: ip.protocol,
+            guest: SocketAddr::new(ip.source, packet::get_u16(message, 4)?),
+            remote: SocketAddr::new(ip.destination, 0),
+        };
+        self.datagram(key, mac, message, Wish::Echo(ip.destination), now);
+        Some(())
+    }
+
+    /// Sends a datagram of the guest.
+    fn datagram(&mut self, key: Key, mac: Mac, payload: &[u8], wish: Wish, now: Time) {
+        let id = self.flows.find(&key).or_else(|| {
+            let kind = Kind::Datagrams(Box::default());
+            let id = self.begin(key, mac, kind, wish, now)?;
+            self.counters.datagram_flows += 1;
+            Some(id)
+        });
+        let Some(id) = id else {
+            return;
+        };
+        if let Some(flow) = self.flows.get(id)
+            && let Kind::Datagrams(datagrams) = &mut flow.kind
+        {
+            datagrams.send(payload);
+            self.list(id);
+            self.settle(id, Fate::Lives, now);
+        }
+    }
+
+    /// Serves the timers that have run out.
+    fn timers(&mut self, now: Time) {
+        while let Some(id) = self.flows.expired(now) {
+            let Some(flow) = self.flows.get(id) else {
+                continue;
+            };
+            let before = memory(&flow.kind);
+            let fate = match &mut flow.kind {
+                Kind::Tcp(tcp) => {
+                    self.counters.tcp_again += 1;
+                    tcp.expired()
+                }
+                Kind::Datagrams(datagrams) => {
+                    if flow.key.remote.port() == DNS_PORT {
+                        let failed = !datagrams.answered;
+                        self.dns_failures = if failed { self.dns_failures + 1 } else { 0 };
+                    }
+                    Fate::Over
+                }
+            };
+            let after = memory(&flow.kind);
+            self.account(before, after);
+            self.list(id);
+            self.settle(id, fate, now);
+        }
+    }
+
+    /// What a flow has for the guest; the flow goes to the end of the queue if there may be more.
+    fn next_of(&mut self, id: FlowId, now: Time, pool: &mut Pool) -> Option<Frame> {
+        let scarce = self.memory > self.config.memory_max;
+        let (mtu, mac) = (self.config.mtu, self.config.mac);
+        let flow = self.flows.get(id)?;
+        let ends = Ends {
+            from_mac: mac,
+            to_mac: flow.mac,
+            from: flow.key.remote.ip(),
+            to: flow.key.guest.ip(),
+        };
+        let before = memory(&flow.kind);
+        let next = match &mut flow.kind {
+            Kind::Tcp(tcp) => tcp.next(&flow.key, &ends, mtu, scarce, pool),
+            Kind::Datagrams(datagrams) => match datagrams.next(&flow.key, &ends, pool) {
+                Some(frame) => Next::Frame(frame),
+                None => Next::Nothing,
+            },
+        };
+        let after = memory(&flow.kind);
+        flow.listed = matches!(next, Next::Frame(_));
+        self.account(before, after);
+        match next {
+            Next::Frame(frame) => {
+                self.ready.push_back(id);
+                self.settle(id, Fate::Lives, now);
+                Some(frame)
+            }
+            Next::Nothing => None,
+            Next::Fate(fate) => {
+                self.settle(id, fate, now);
+                None
+            }
+        }
+    }
+}
+
+/// Bytes of ours that a flow holds.
+fn memory(kind: &Kind) -> usize {
+    match kind {
+        Kind::Tcp(tcp) => tcp.memory(),
+        Kind::Datagrams(_) => 0,
+    }
+}
+
+fn checksum_is_right(ip: &Ip, payload: &[u8]) -> bool {
+    // None was computed (RFC 768).
+    if ip.protocol == protocol::UDP && ip.source.is_ipv4() && packet::get_u16(payload, 6) == Some(0)
+    {
+        return true;
+    }
+    let ((from, count), (to, _)) = (packet::octets(ip.source), packet::octets(ip.destination));
+    let pseudo = checksum::pseudo_header(
+        from.get(..count).unwrap_or_default(),
+        to.get(..count).unwrap_or_default(),
+        ip.protocol,
+        payload.len(),
+    );
+    checksum::fold(pseudo + checksum::sum(payload)) == 0xffff
+}
+
+impl Port for Nat {
+    fn deliver(&mut self, frame: Frame, now: Time, pool: &mut Pool) -> Result<(), Frame> {
+        self.take(&frame, now);
+        pool.put(frame);
+        Ok(())
+    }
+
+    fn poll(&mut self, now: Time, pool: &mut Pool) -> Option<Frame> {
+        self.timers(now);
+        loop {
+            if let Some(frame) = self.loose.pop_front() {
+                return Some(frame);
+            }
+            let id = self.ready.pop_front()?;
+            if let Some(frame) = self.next_of(id, now, pool) {
+                return Some(frame);
+            }
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Time> {
+        if self.has_frames() {
+            Some(Time::ZERO)
+        } else {
+            self.flows.next_timer()
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::ALL
+    }
+}
