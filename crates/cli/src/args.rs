@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use strata_vmm::config::{DiskConfig, EngineChoice, NetworkConfig, OnReboot};
+use strata_vmm::config::{DiskConfig, EngineChoice, OnReboot, Publish};
 use strata_vmm::{ByteSize, MachineName};
 
 use crate::exit::{ExitCode, Failure, HELP};
@@ -82,9 +82,19 @@ pub struct RunArgs {
     /// The machine's name; made up if not given
     #[arg(long, value_name = "NAME")]
     pub name: Option<MachineName>,
-    /// The machine's network
-    #[arg(long, value_enum, default_value = "none")]
-    pub net: NetArg,
+    /// The machine's network: one of its own with a way out (`user`, the default), in which the gateway's address leads to
+    /// services of this host, with `,host-loopback` also to those on 127.0.0.1; or none
+    #[arg(long, value_name = "user[,host-loopback]|none")]
+    pub net: Option<NetArg>,
+    /// Lead a port of this host to one of the guest; the address is 127.0.0.1 if not given, so that only this host
+    /// reaches it. May be given several times
+    #[arg(
+        short = 'p',
+        long = "publish",
+        value_name = "[ADDRESS:]HOST:GUEST[/udp]",
+        allow_hyphen_values = true
+    )]
+    pub publish: Vec<Publish>,
     /// What happens when the guest reboots
     #[arg(long, value_enum, default_value = "restart")]
     pub on_reboot: OnRebootArg,
@@ -266,16 +276,37 @@ impl From<EngineArg> for EngineChoice {
 }
 
 /// `--net`.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum NetArg {
+    /// A network of the machine's own.
+    User {
+        /// Whether the gateway's address leads to the host's loopback.
+        host_loopback: bool,
+    },
     /// No network card
     None,
 }
 
-impl From<NetArg> for NetworkConfig {
-    fn from(net: NetArg) -> Self {
-        match net {
-            NetArg::None => Self::None,
+impl std::str::FromStr for NetArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            "user" => Ok(Self::User {
+                host_loopback: false,
+            }),
+            "user,host-loopback" => Ok(Self::User {
+                host_loopback: true,
+            }),
+            other => match other.split_once(',') {
+                Some(("user", option)) => Err(format!(
+                    "network option '{option}' is not known (known: host-loopback)"
+                )),
+                _ => Err(format!(
+                    "network '{other}' is not known (known: user, none)"
+                )),
+            },
         }
     }
 }
@@ -453,6 +484,14 @@ mod tests {
         refused(
             "run --kernel k tiny",
             "the argument '--kernel <FILE>' cannot be used with '[IMAGE]'; see --help",
+        );
+        refused(
+            "run tiny -p 80",
+            "invalid value '80' for '--publish <[ADDRESS:]HOST:GUEST[/udp]>': write [ADDRESS:]HOSTPORT:GUESTPORT[/udp], like 8080:80 or [::1]:8080:80; see --help",
+        );
+        refused(
+            "run tiny --net tap",
+            "invalid value 'tap' for '--net <user[,host-loopback]|none>': network 'tap' is not known (known: user, none); see --help",
         );
         refused(
             "imag ls",

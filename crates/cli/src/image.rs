@@ -143,7 +143,7 @@ impl Workshop for OwnMachines {
             OsString::from_vec(argument)
         };
         let mut child = Command::new(std::env::current_exe().map_err(failed)?)
-            .args(["run", "--cpus", "1", "--memory"])
+            .args(["run", "--net", "none", "--cpus", "1", "--memory"])
             .arg(format!("{}M", job.memory_mib))
             .arg("--kernel")
             .arg(&job.kernel)

@@ -21,6 +21,8 @@ struct Info {
     engine: Option<engines::ChosenEngine>,
     /// What a machine's process is put into, layer by layer.
     jail: Vec<Layer>,
+    /// Why guests can ping nothing but their gateway; none if they can.
+    ping_refused: Option<String>,
     cpu_models: Vec<ModelInfo>,
     image_cache: Option<String>,
     run_directory: String,
@@ -95,6 +97,11 @@ pub fn run(args: &InfoArgs) -> Result<(), Failure> {
         let state = state.unwrap_or_else(|| "in place".to_owned());
         rows.push(row(&name, state));
     }
+    let ping = match &info.ping_refused {
+        None => "guests can ping any address".to_owned(),
+        Some(reason) => format!("guests can ping their gateway only: {reason}"),
+    };
+    rows.push(row("ping", ping));
     rows.push(row("CPU models", String::new()));
     for model in &info.cpu_models {
         let name = format!("  {}", model.name);
@@ -133,6 +140,7 @@ fn gather() -> Info {
         jail: process::check_jail()
             .unwrap_or_else(|failure| vec![Layer::new("process", Err(failure.message))]),
         host,
+        ping_refused: process::ping_refused(),
         cpu_models: ["baseline", "host"].map(model).into(),
         image_cache: strata_image::Store::default_root()
             .ok()

@@ -14,11 +14,13 @@
 //! | [`agent`] | listens for the host, one process per connection |
 //! | [`session`] | one connection of the host: one program from start to end |
 //! | [`root`] | from the RAM disk to a system on a disk |
+//! | [`network`] | addresses for network cards, and waiting for them |
 //! | [`program`] | from a request to a running program |
 //! | [`system`] | safe wrappers of system calls |
 
 pub mod agent;
 pub mod modules;
+pub mod network;
 pub mod options;
 pub mod program;
 pub mod root;

@@ -12,6 +12,7 @@ use strata_agent::endpoint::{Endpoint, Event, Role};
 use strata_agent::message::{DATA_SIZE_MAX, ExitStatus, Message, Stream};
 use strata_agent::{Exec, ProtocolError};
 
+use crate::network;
 use crate::program::{self, Program};
 use crate::system::{self, Ending};
 
@@ -165,6 +166,7 @@ impl Session {
     }
 
     fn start(&mut self, exec: &Exec) -> io::Result<()> {
+        network::wait();
         let answer = match program::start(exec) {
             Ok(program) => {
                 let pid = program.child.id();

@@ -16,6 +16,7 @@ use std::process::{Command, Stdio};
 
 use crate::agent;
 use crate::modules::{self, Loader};
+use crate::network;
 use crate::options::Options;
 use crate::program::{self, User};
 use crate::root;
@@ -71,7 +72,8 @@ impl<'a> Machine<'a> {
             "host name",
             system::set_hostname(options.hostname.as_deref().unwrap_or("strata")),
         );
-        complain("loopback interface", system::loopback_up());
+        complain("loopback interface", system::interface_up("lo"));
+        complain("network", network::start());
 
         let mut machine = Machine {
             options,

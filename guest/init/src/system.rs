@@ -134,8 +134,8 @@ pub fn set_hostname(name: &str) -> io::Result<()> {
     check(unsafe { libc::sethostname(name.as_ptr().cast(), name.len()) }).map(drop)
 }
 
-/// Brings the loopback interface up; it gets its addresses by itself.
-pub fn loopback_up() -> io::Result<()> {
+/// Brings an interface up. The loopback interface gets its addresses by itself.
+pub fn interface_up(name: &str) -> io::Result<()> {
     // SAFETY: a plain system call; the result is checked before it becomes an owned descriptor.
     let socket = unsafe {
         OwnedFd::from_raw_fd(check(libc::socket(
@@ -146,8 +146,11 @@ pub fn loopback_up() -> io::Result<()> {
     };
     // SAFETY: all-zero bytes are a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { MaybeUninit::zeroed().assume_init() };
-    request.ifr_name[0] = b'l' as libc::c_char;
-    request.ifr_name[1] = b'o' as libc::c_char;
+    // The last byte stays zero.
+    let room = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name.iter_mut().take(room).zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     // SAFETY: the request is a valid `ifreq` that outlives the call.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) })

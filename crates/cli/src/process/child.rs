@@ -6,6 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
+use rustix::process::Resource;
 use strata_sandbox::{Confinement, Filter, Layer};
 use strata_vmm::control::Request;
 use strata_vmm::{
@@ -13,12 +14,13 @@ use strata_vmm::{
     VsockHost,
 };
 
+use super::broker::Line;
 use super::{Attempt, End, Ending, Jail, Launch, MachineLaunch, Probe, Said, dial};
 use crate::exit::{ExitCode, Failure, chain, code_of_io};
 use crate::run::spawn;
 
 /// The first descriptor beyond the standard ones, and how many there may be.
-const DESCRIPTORS: (i32, usize) = (3, 5);
+const DESCRIPTORS: (i32, usize) = (3, 6);
 /// Longest line that is read.
 const LINE_MAX: u64 = 1 << 20;
 /// Lines of the console that are told in the end.
@@ -81,12 +83,17 @@ fn machine(
         false => None,
     };
     let vsock = vsock.map(|(listener, line)| VsockHost::on(listener.into(), dialler(line.into())));
-    let gdb = given.next().filter(|_| launch.gdb);
+    let gdb = if launch.gdb { given.next() } else { None };
+    let line = if launch.network { given.next() } else { None };
+    if line.is_some() {
+        raise_descriptors();
+    }
     let layers = Arc::new(Mutex::new(Vec::new()));
     let ends = HostEnds {
         console: launch.console.then(|| Box::new(Console) as _),
         run_dir: None,
         vsock,
+        sockets: line.map(|line| Box::new(Line::new(line)) as _),
         temporary: Some(launch.temporary),
         engine_options: launch.engine_options,
         opened: (launch.jail != Jail::None).then(|| {
@@ -136,6 +143,14 @@ fn machine(
         first_run_ago_ns,
     })));
     Ok(())
+}
+
+/// Each flow of a network needs a descriptor: as many as this process may have.
+fn raise_descriptors() {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // With fewer there are fewer flows.
+    let _ = rustix::process::setrlimit(Resource::Nofile, limit);
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -6,12 +6,14 @@
 //!     1 ◀── what the console prints                 5 vsock's socket, listening
 //!     2 ◀── last words of a fault of ours           6 ◀──▶ dialling for the guest: a port goes out, a socket comes back
 //!     3 ◀──▶ lines of JSON: Launch and requests     7 gdb's socket, listening
-//!       go in, Said comes out                       (5 and 6, and 7, only if the launch says so)
+//!       go in, Said comes out                       8 ◀──▶ wishes for sockets go out, sockets come back
+//!                                                   (5 and 6, 7, and 8 only if the launch says so)
 //! ```
 //!
 //! The process in front keeps the terminal, the signals, the run directory and all that is done in the user's name. It
 //! believes nothing of what the machine's process says: that is run by a guest which may be hostile, and may be its.
 
+mod broker;
 mod child;
 mod dial;
 mod parent;
@@ -21,6 +23,7 @@ use strata_sandbox::{Attempt, Layer};
 use strata_vmm::engines::EngineOptions;
 use strata_vmm::{MachineConfig, MachineStats};
 
+pub use broker::{Broker, ping_refused};
 pub use child::main;
 pub use parent::{Ends, MachineProcess, check_jail, listen_at};
 
@@ -57,6 +60,8 @@ pub struct MachineLaunch {
     pub vsock: bool,
     /// Whether there is gdb's socket.
     pub gdb: bool,
+    /// Whether there is the line for sockets of its network.
+    pub network: bool,
     /// Whether somebody reads what the console prints.
     pub console: bool,
     /// What it is put into.

@@ -12,6 +12,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
 use strata_sandbox::{Layer, Program};
 use strata_vmm::control::Request;
 
+use super::broker::{self, Broker};
 use super::{Launch, MachineLaunch, Said, WORD, dial};
 use crate::exit::{ExitCode, Failure};
 use crate::run::{Happened, spawn};
@@ -27,6 +28,8 @@ pub struct Ends {
     pub vsock: Option<(UnixListener, PathBuf)>,
     /// Listens for gdb.
     pub gdb: Option<OwnedFd>,
+    /// Makes the sockets of the machine's network.
+    pub network: Option<Broker>,
     /// Where the console's output goes; nowhere if there is none.
     pub console: Option<Box<dyn Write + Send>>,
     /// The machine's name, for lists of processes.
@@ -67,9 +70,18 @@ impl MachineProcess {
             given.extend([listener.as_fd(), dials.as_fd()]);
         }
         given.extend(ends.gdb.as_ref().map(AsFd::as_fd));
+        let network = match ends.network {
+            Some(broker) => {
+                let (theirs, ours) = broker::line().map_err(|error| refused(error.into()))?;
+                Some((theirs, ours, broker))
+            }
+            None => None,
+        };
+        given.extend(network.as_ref().map(|(theirs, ..)| theirs.as_fd()));
         let namespaces = launch.jail != super::Jail::None;
         let (pid, granted) = run(&given, &[WORD, &ends.name], namespaces)?;
         drop((typed, printed, said, theirs, dials));
+        let network = network.map(|(_, ours, broker)| (ours, broker));
         launch.namespaces = granted;
         let process = Self {
             pidfd: rustix::process::pidfd_open(pid, PidfdFlags::empty())
@@ -80,6 +92,9 @@ impl MachineProcess {
         send(&channel, &Launch::Machine(Box::new(launch)))?;
         if let Some((_, path)) = ends.vsock {
             spawn("dial", move || dial::serve(line, &path))?;
+        }
+        if let Some((line, broker)) = network {
+            spawn("network", move || broker.serve(line))?;
         }
         let words = File::from(words);
         spawn("words", move || relay(words, &mut io::stderr()))?;

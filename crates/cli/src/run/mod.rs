@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use strata_agent::{ExitStatus, Input};
+use strata_vmm::config::NetworkConfig;
 use strata_vmm::control::Request;
 use strata_vmm::engines::EngineOptions;
 use strata_vmm::{MachineName, RunDir, RunDirError};
@@ -32,7 +33,7 @@ use self::timings::Timings;
 use crate::args::RunArgs;
 use crate::exit::{ExitCode, Failure, SIGNAL_BASE};
 use crate::output;
-use crate::process::{self, End, Ending, Ends, Jail, MachineLaunch, MachineProcess, Said};
+use crate::process::{self, Broker, End, Ending, Ends, Jail, MachineLaunch, MachineProcess, Said};
 use crate::stats::run_dir_failure;
 
 /// How long a machine that must end may take before its process is ended.
@@ -116,6 +117,10 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
     let signals = signals::block()?;
     let run_dir = take_name(&mut config, name_stem.as_deref())?;
     let console = wire::console_output(&mode)?;
+    let network = match &mut config.network {
+        NetworkConfig::User(user) => Some(Broker::open(user)?),
+        _ => None,
+    };
     let control = process::listen_at(&RunDir::control_socket(run_dir.path()))?;
     let socket = strata_vmm::vsock_socket(&config, Some(run_dir.path()));
     let vsock = match &socket {
@@ -130,6 +135,7 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         vsock,
         name: config.name.to_string(),
         gdb: gdb.as_ref().map(gdb::Place::listener).transpose()?,
+        network,
         console,
     };
     let launch = MachineLaunch {
@@ -139,6 +145,7 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         temporary: std::env::temp_dir(),
         vsock: ends.vsock.is_some(),
         gdb: ends.gdb.is_some(),
+        network: ends.network.is_some(),
         console: ends.console.is_some(),
         jail,
         probe,

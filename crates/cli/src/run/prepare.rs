@@ -1,5 +1,6 @@
 //! From arguments to a machine's configuration, and to what its console and CMD are tied to.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::os::unix::ffi::OsStringExt;
@@ -8,13 +9,14 @@ use std::time::Duration;
 
 use strata_image::Image;
 use strata_vmm::config::{
-    BootFiles, BootSource, ConsoleKind, DiskAccess, DiskBoot, DiskConfig, OnReboot, VsockConfig,
+    BootFiles, BootSource, ConsoleKind, DiskAccess, DiskBoot, DiskConfig, NetworkConfig, OnReboot,
+    Publish, UserNetwork, VsockConfig,
 };
 use strata_vmm::{ByteSize, MachineConfig, MachineName};
 use tempfile::TempPath;
 
 use super::terminal;
-use crate::args::RunArgs;
+use crate::args::{NetArg, RunArgs};
 use crate::exit::{ExitCode, Failure, code_of_io};
 use crate::image;
 
@@ -97,7 +99,7 @@ pub fn plan(args: RunArgs) -> Result<Plan, Failure> {
     config.cpu_model = args.cpu_model;
     config.memory = args.memory.unwrap_or(memory);
     config.disks = disks;
-    config.network = args.net.into();
+    config.network = network(args.net, args.publish, args.lockstep.is_some())?;
     config.on_reboot = match mode {
         Mode::Console { .. } => args.on_reboot.into(),
         // CMD does not survive it.
@@ -119,6 +121,41 @@ pub fn plan(args: RunArgs) -> Result<Plan, Failure> {
         name_stem,
         temporary,
     })
+}
+
+/// The machine's network. In lock-step there is none unless it is asked for, and then it is refused.
+fn network(
+    asked: Option<NetArg>,
+    publish: Vec<Publish>,
+    lockstep: bool,
+) -> Result<NetworkConfig, Failure> {
+    let usage = |message: &str| Err(Failure::new(ExitCode::Usage, message));
+    let host_loopback = match asked {
+        Some(NetArg::User { .. }) if lockstep => {
+            return usage("a machine in lock-step has no network: its replay could not follow it");
+        }
+        Some(NetArg::User { host_loopback }) => host_loopback,
+        None if !lockstep => false,
+        Some(NetArg::None) | None if publish.is_empty() => return Ok(NetworkConfig::None),
+        Some(NetArg::None) | None => {
+            return usage(
+                "a machine without a network has no ports to publish: leave out '-p', or say '--net user'",
+            );
+        }
+    };
+    let ports: HashSet<_> = publish
+        .iter()
+        .filter(|publish| publish.host.port() != 0)
+        .map(|publish| (publish.host, publish.protocol))
+        .collect();
+    if ports.len() < publish.iter().filter(|p| p.host.port() != 0).count() {
+        return usage("a port of the host is published twice: each leads to one port of the guest");
+    }
+    Ok(NetworkConfig::User(UserNetwork {
+        publish,
+        host_loopback,
+        gateway: None,
+    }))
 }
 
 fn mode(args: &RunArgs) -> Mode {
@@ -265,7 +302,8 @@ mod tests {
             config.name
         );
         assert_eq!(name_stem.as_deref(), Some("vmlinuz-6"));
-        let expected = MachineConfig::new(config.name.clone(), BootSource::Files(files));
+        let mut expected = MachineConfig::new(config.name.clone(), BootSource::Files(files));
+        expected.network = NetworkConfig::User(UserNetwork::default());
         assert_eq!(config, expected);
         assert!(matches!(mode, Mode::Console { kernel_log: true }));
     }

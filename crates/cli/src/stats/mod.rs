@@ -208,6 +208,7 @@ mod tests {
                 uptime_ms: 61_007,
                 reboots: 0,
                 vcpus: vec![vcpu],
+                network: None,
             },
         };
         let text = text(&machine);

@@ -202,6 +202,7 @@ mod tests {
             uptime_ms: 2000,
             reboots: 0,
             vcpus: vec![vcpu.clone(), vcpu],
+            network: None,
         }
     }
 

@@ -136,7 +136,8 @@ fn skeleton(recipe: &Recipe) -> Archive {
         archive.directory(path, u32::from_str_radix(mode, 8).unwrap_or(0o755));
     }
     for (path, text) in &recipe.files {
-        archive.file(path, 0o644, text.as_bytes());
+        let mode = if text.starts_with("#!") { 0o755 } else { 0o644 };
+        archive.file(path, mode, text.as_bytes());
     }
     for (path, target) in &recipe.links {
         archive.symlink(path, target);

@@ -47,7 +47,7 @@ pub struct Recipe {
     /// Directory → mode in octal.
     #[serde(default)]
     pub directories: BTreeMap<String, String>,
-    /// Path → text. Mode 0644.
+    /// Path → text. Mode 0644, or 0755 if it is a script (`#!`).
     #[serde(default)]
     pub files: BTreeMap<String, String>,
     /// The root disk. Without one the RAM disk is all there is; with one it only finds and mounts the disk.

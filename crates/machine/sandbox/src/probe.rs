@@ -126,6 +126,55 @@ const ATTEMPTS: &[(&str, Try)] = &[
             size_of_val(&address)
         )
     }),
+    ("make a UDP socket", || {
+        call!(SYS_socket, libc::AF_INET, libc::SOCK_DGRAM, 0)
+    }),
+    ("make a pair of sockets", || {
+        let mut pair = [0_i32; 2];
+        call!(
+            SYS_socketpair,
+            libc::AF_UNIX,
+            libc::SOCK_STREAM,
+            0,
+            pair.as_mut_ptr()
+        )
+    }),
+    // Of the sockets that a network gave it, some would take these; a number that is no descriptor is enough to see who
+    // refuses.
+    ("connect a socket elsewhere", || {
+        let address = [0_u16; 8];
+        call!(SYS_connect, -1, address.as_ptr(), size_of_val(&address))
+    }),
+    ("give a socket an address", || {
+        let address = [libc::AF_INET as u16, 0, 0, 0, 0, 0, 0, 0];
+        call!(SYS_bind, -1, address.as_ptr(), size_of_val(&address))
+    }),
+    ("listen", || call!(SYS_listen, -1, 1)),
+    ("send to an address of its choice", || {
+        let address = [libc::AF_INET as u16, 0, 0, 0, 0, 0, 0, 0];
+        let len = size_of_val(&address);
+        call!(SYS_sendto, -1, c"x".as_ptr(), 1, 0, address.as_ptr(), len)
+    }),
+    ("send a message with a name", || {
+        let message = [0_u64; 7];
+        call!(SYS_sendmsg, -1, message.as_ptr(), 0)
+    }),
+    ("send several messages", || {
+        let messages = [0_u64; 8];
+        call!(SYS_sendmmsg, -1, messages.as_ptr(), 1, 0)
+    }),
+    ("route packets otherwise", || {
+        let mark = 1_i32;
+        let len = size_of_val(&mark);
+        call!(
+            SYS_setsockopt,
+            -1,
+            libc::IPPROTO_IP,
+            libc::IP_TRANSPARENT,
+            &raw const mark,
+            len
+        )
+    }),
     ("make a raw socket", || {
         call!(SYS_socket, libc::AF_PACKET, libc::SOCK_RAW, 0)
     }),

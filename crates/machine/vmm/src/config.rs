@@ -1,6 +1,7 @@
 //! `MachineConfig`: everything about one machine, as values that are written to files and sent over the API.
 
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -300,13 +301,125 @@ impl Default for VsockConfig {
 }
 
 /// What the machine's network is.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum NetworkConfig {
     /// No network card.
     #[default]
     None,
+    /// A network of its own, with the host's programs as its way out: no privileges are needed.
+    User(UserNetwork),
+}
+
+/// A network of one machine and a gateway.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct UserNetwork {
+    /// Ports of the host that lead to the guest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<Publish>,
+    /// Whether the gateway's address leads to the host's loopback addresses too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub host_loopback: bool,
+    /// The gateway's address, in a /24 that collides with nothing that the host reaches; a fixed one if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<Ipv4Addr>,
+}
+
+/// A port of the host that leads to one of the guest.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Publish {
+    /// Where the host listens; port 0 is any that is free.
+    pub host: SocketAddr,
+    /// The guest's port.
+    pub guest: u16,
+    /// TCP or UDP.
+    #[serde(default)]
+    pub protocol: PortProtocol,
+}
+
+/// What a port is of.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PortProtocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// A `--publish` argument that cannot be understood.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum PublishError {
+    /// Not of the form.
+    #[error("write [ADDRESS:]HOSTPORT:GUESTPORT[/udp], like 8080:80 or [::1]:8080:80")]
+    Form,
+    /// A port that is none.
+    #[error("'{0}' is not a port: give a number up to 65535")]
+    Port(String),
+    /// An address that is none.
+    #[error("'{0}' is not an address: give one of this host's, like 127.0.0.1 or [::1]")]
+    Address(String),
+    /// Neither TCP nor UDP.
+    #[error("'{0}' cannot be published (known: tcp, udp)")]
+    Protocol(String),
+}
+
+impl FromStr for Publish {
+    type Err = PublishError;
+
+    /// `[ADDRESS:]HOSTPORT:GUESTPORT[/tcp|/udp]`; the address is 127.0.0.1 if not given.
+    fn from_str(text: &str) -> Result<Self, PublishError> {
+        let (ports, protocol) = match text.split_once('/') {
+            None | Some((_, "tcp")) => (text.split('/').next().unwrap_or(text), PortProtocol::Tcp),
+            Some((ports, "udp")) => (ports, PortProtocol::Udp),
+            Some((_, other)) => return Err(PublishError::Protocol(other.to_owned())),
+        };
+        let (rest, guest) = ports.rsplit_once(':').ok_or(PublishError::Form)?;
+        let (address, host) = match rest.rsplit_once(':') {
+            None => (IpAddr::V4(Ipv4Addr::LOCALHOST), rest),
+            Some((address, host)) => {
+                let plain = address.strip_prefix('[').and_then(|a| a.strip_suffix(']'));
+                let wrong = || PublishError::Address(address.to_owned());
+                let parsed = match plain {
+                    Some(plain) => IpAddr::V6(plain.parse().map_err(|_| wrong())?),
+                    None => IpAddr::V4(address.parse().map_err(|_| wrong())?),
+                };
+                (parsed, host)
+            }
+        };
+        let port = |text: &str| {
+            text.parse::<u16>()
+                .map_err(|_| PublishError::Port(text.to_owned()))
+        };
+        let guest = port(guest)
+            .ok()
+            .filter(|guest| *guest > 0)
+            .ok_or_else(|| PublishError::Port(guest.to_owned()))?;
+        Ok(Self {
+            host: SocketAddr::new(address, port(host)?),
+            guest,
+            protocol,
+        })
+    }
+}
+
+impl fmt::Display for Publish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}/{}", self.host, self.guest, self.protocol)
+    }
+}
+
+impl fmt::Display for PortProtocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
 }
 
 /// What happens when the guest resets the machine.
@@ -451,6 +564,37 @@ mod tests {
         };
         let text = "a,format=qcow2,backing=b,ro,data=e,backing=c,,d";
         assert_eq!(text.parse(), Ok(with_options));
+    }
+
+    #[test]
+    fn published_ports_as_typed() {
+        let check = |text: &str, host: &str, guest, protocol| {
+            let expected = Publish {
+                host: host.parse().unwrap(),
+                guest,
+                protocol,
+            };
+            assert_eq!(text.parse(), Ok(expected), "{text}");
+            let shown = expected.to_string();
+            assert_eq!(shown.parse(), Ok(expected), "{shown}");
+        };
+        check("8080:80", "127.0.0.1:8080", 80, PortProtocol::Tcp);
+        check("0:80/tcp", "127.0.0.1:0", 80, PortProtocol::Tcp);
+        check("0.0.0.0:53:5353/udp", "0.0.0.0:53", 5353, PortProtocol::Udp);
+        check("[::1]:1:65535", "[::1]:1", 65535, PortProtocol::Tcp);
+    }
+
+    #[test]
+    fn published_ports_mistyped() {
+        let wrong = |text: &str| text.parse::<Publish>().unwrap_err().to_string();
+        assert!(wrong("80").contains("[ADDRESS:]HOSTPORT:GUESTPORT"));
+        assert!(wrong("8080:0").contains("'0' is not a port"));
+        assert!(wrong("70000:80").contains("'70000' is not a port"));
+        assert!(wrong("x:80").contains("'x' is not a port"));
+        assert!(wrong("localhost:8080:80").contains("'localhost' is not an address"));
+        assert!(wrong("::1:8080:80").contains("'::1' is not an address"));
+        assert!(wrong("8080:80/sctp").contains("'sctp' cannot be published"));
+        assert!(wrong("").contains("write ["));
     }
 
     #[test]

@@ -29,6 +29,7 @@ use crate::error::{BuildError, Crash, Outcome};
 use crate::event::{Event, PowerRelay};
 use crate::gdb::Debugging;
 use crate::load::{BootImage, first_state};
+use crate::network::{NetworkHandle, NetworkStats};
 use crate::vcpu::{Kickers, VcpuReport, VcpuThread};
 use crate::{ConsoleRing, InstanceState, MachineConfig, Transition, config, platform};
 
@@ -46,6 +47,8 @@ pub struct HostEnds {
     pub run_dir: Option<std::path::PathBuf>,
     /// The host's side of the vsock, if its socket is not to be made from the configuration.
     pub vsock: Option<VsockHost>,
+    /// Who makes the sockets of a network that needs them.
+    pub sockets: Option<Box<dyn strata_switch::nat::Host>>,
     /// Where what is written to temporary disks goes; the system's place for such files if not given.
     pub temporary: Option<std::path::PathBuf>,
     /// How the engine works inside.
@@ -63,6 +66,7 @@ pub struct Machine {
     memory: GuestMemory,
     clock: Arc<MachineClock>,
     chassis: Chassis,
+    network: Option<NetworkHandle>,
     engine: Arc<AnyEngine>,
     vcpus: Vec<VcpuThread>,
     kickers: Arc<Kickers>,
@@ -89,6 +93,9 @@ pub struct MachineStats {
     pub reboots: u64,
     /// Each vCPU's counters since the machine was built.
     pub vcpus: Vec<VcpuStats>,
+    /// Its network's counters, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkStats>,
 }
 
 /// Reaches a machine that runs from other threads. Clones reach the same one.
@@ -162,7 +169,8 @@ impl Machine {
         });
         let interrupts = Arc::new(EngineInterrupts(engine.interrupts()));
         let mut chassis = Chassis::new(memory.clone(), &layout, clock.clone(), interrupts, power)?;
-        let console = platform::add_devices(&mut chassis, &config, ends, disks, &ring)?;
+        let platform::Added { console, network } =
+            platform::add_devices(&mut chassis, &config, ends, disks, &ring)?;
         let mut machine = Self {
             config,
             state: InstanceState::Defined,
@@ -171,6 +179,7 @@ impl Machine {
             memory,
             clock,
             chassis,
+            network,
             engine,
             vcpus: Vec::new(),
             kickers,
@@ -379,6 +388,7 @@ impl Machine {
             uptime_ms: self.clock.now_ns() / 1_000_000,
             reboots: self.reboots,
             vcpus: self.vcpus.iter().map(|v| v.stats().clone()).collect(),
+            network: self.network.as_ref().map(NetworkHandle::stats),
         };
         if running {
             self.go();

@@ -4,15 +4,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use strata_devices::virtio::{Blk, Console, ConsoleSize, Rng, Vsock};
+use strata_devices::virtio::{Blk, Console, ConsoleSize, MTU_MAX, Net, NetOptions, Rng, Vsock};
 use strata_devices::{AcpiPm, Cmos, DebugExit, I8042, PvPanic, Serial};
 use strata_disk::{Access, DiskBackend, Overlay};
 
 use crate::chassis::Chassis;
-use crate::config::{ConsoleKind, DiskAccess, DiskConfig, DiskFormat, MachineConfig};
+use crate::config::{
+    ConsoleKind, DiskAccess, DiskConfig, DiskFormat, MachineConfig, NetworkConfig,
+};
 use crate::console::{ConsoleInput, ConsoleOutput};
 use crate::error::BuildError;
 use crate::machine::HostEnds;
+use crate::network::{self, NetworkHandle};
 use crate::{ConsoleRing, RunDir};
 
 /// PCI slots. A guest finds its devices by them: they stay what they are.
@@ -23,6 +26,8 @@ mod slot {
     pub(super) const CONSOLE: u8 = 2;
     /// The socket between host and guest.
     pub(super) const VSOCK: u8 = 3;
+    /// The network card.
+    pub(super) const NET: u8 = 4;
     /// The first disk; the others follow.
     pub(super) const DISKS: u8 = 8;
     /// Slots on a bus.
@@ -35,14 +40,22 @@ const CONSOLE_SIZE: ConsoleSize = ConsoleSize {
     rows: 24,
 };
 
-/// Puts in everything that the configuration names; gives the way in to the console.
+/// The ways to what was put in.
+pub(crate) struct Added {
+    /// The way in to the console.
+    pub(crate) console: ConsoleInput,
+    /// The network's thread, if there is one.
+    pub(crate) network: Option<NetworkHandle>,
+}
+
+/// Puts in everything that the configuration names.
 pub(crate) fn add_devices(
     chassis: &mut Chassis,
     config: &MachineConfig,
     mut ends: HostEnds,
     disks: Vec<Arc<dyn DiskBackend>>,
     ring: &ConsoleRing,
-) -> Result<ConsoleInput, BuildError> {
+) -> Result<Added, BuildError> {
     let mut host = ends.console.take();
     let mut output = |kind| ConsoleOutput {
         ring: ring.clone(),
@@ -75,8 +88,42 @@ pub(crate) fn add_devices(
         };
         add_disk(chassis, index, &id, device)?;
     }
+    let network = add_network(chassis, config, &mut ends)?;
     add_vsock(chassis, config, ends)?;
-    Ok(console)
+    Ok(Added { console, network })
+}
+
+/// A card and its network. In lock-step there is none: a replay cannot follow what peers do.
+fn add_network(
+    chassis: &mut Chassis,
+    config: &MachineConfig,
+    ends: &mut HostEnds,
+) -> Result<Option<NetworkHandle>, BuildError> {
+    let NetworkConfig::User(user) = &config.network else {
+        return Ok(None);
+    };
+    let failed = |source: Box<dyn std::error::Error + Send + Sync>| BuildError::Device {
+        device: "net0".to_owned(),
+        source,
+    };
+    if ends.engine_options.lockstep != 0 {
+        return Err(failed("a machine in lock-step has no network".into()));
+    }
+    let Some(sockets) = ends.sockets.take() else {
+        return Err(failed("nobody makes sockets for its network".into()));
+    };
+    let mac = network::mac_of(config.name.as_str());
+    let pairs = u16::try_from(config.cpus).unwrap_or(u16::MAX);
+    let options = NetOptions {
+        mac,
+        mtu: MTU_MAX,
+        pairs,
+    };
+    let (card, host) = Net::new(options).map_err(|error| failed(error.into()))?;
+    chassis.add_virtio(slot::NET, "net0", card)?;
+    let name = config.name.as_str();
+    let handle = network::start(host, mac, name, user, sockets);
+    handle.map(Some).map_err(|error| failed(error.into()))
 }
 
 fn add_serial(

@@ -1,5 +1,6 @@
 //! Datagrams between the guest and a connected socket of the host: a UDP flow, or ICMP echo through a ping socket.
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -21,9 +22,10 @@ const PAYLOAD_MAX: usize = 65_535 - 20 - UDP_HEADER;
 /// How long a flow lives that nobody has answered, and one that was (RFC 4787 section 4.3 asks for two minutes).
 const UNANSWERED: Duration = Duration::from_secs(30);
 const ANSWERED: Duration = Duration::from_secs(180);
-/// Names are asked for once.
-const DNS: Duration = Duration::from_secs(12);
-const DNS_PORT: u16 = 53;
+/// A resolver's time to answer. Clients ask again after five seconds (resolv.conf(5)), then of another one.
+const QUESTION: Duration = Duration::from_millis(4500);
+/// The longest answer of a resolver.
+const ANSWER_MAX: usize = 65_535;
 
 /// A flow of datagrams.
 #[derive(Debug, Default)]
@@ -33,8 +35,8 @@ pub struct Datagrams {
     readable: bool,
     /// Something came back.
     pub answered: bool,
-    /// What the host's side says to the guest when it is asked by way of the gateway.
-    first: Option<Vec<u8>>,
+    /// What the peer sent before there was a socket for it.
+    first: VecDeque<Vec<u8>>,
 }
 
 impl Datagrams {
@@ -42,9 +44,16 @@ impl Datagrams {
     pub fn by_host(socket: OwnedFd, first: Vec<u8>) -> Datagrams {
         Datagrams {
             socket: Some(socket),
-            first: Some(first),
+            first: VecDeque::from([first]),
             readable: true,
             ..Datagrams::default()
+        }
+    }
+
+    /// The peer has sent another datagram before it saw the socket for it.
+    pub fn also(&mut self, payload: Vec<u8>) {
+        if self.first.len() < WAITING_MAX {
+            self.first.push_back(payload);
         }
     }
 
@@ -93,7 +102,7 @@ impl Datagrams {
             _ => 0,
         };
         let at = ends.headers() + header;
-        if let Some(first) = self.first.take() {
+        if let Some(first) = self.first.pop_front() {
             let mut frame = pool.frame(at + first.len());
             packet::put(frame.bytes_mut(), at, &first);
             return finish(frame, key, ends, first.len());
@@ -128,10 +137,26 @@ impl Datagrams {
         None
     }
 
+    /// A resolver's answer, if it has come; an error if none will.
+    pub fn resolved(&mut self) -> Result<Option<Vec<u8>>, Errno> {
+        let Some(socket) = &self.socket else {
+            return Ok(None);
+        };
+        let mut message = vec![0; ANSWER_MAX];
+        match rustix::net::recv(socket, message.as_mut_slice(), RecvFlags::DONTWAIT) {
+            Ok((count, _)) => {
+                message.truncate(count);
+                Ok(Some(message))
+            }
+            Err(Errno::AGAIN | Errno::INTR) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// How long the flow lives from now on if nothing happens.
     pub fn patience(&self, key: &Key) -> Duration {
-        match (key.remote.port(), self.answered) {
-            (DNS_PORT, _) => DNS,
+        match (key.protocol, self.answered) {
+            (0, _) => QUESTION,
             (_, true) => ANSWERED,
             (_, false) => UNANSWERED,
         }

@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 
 use foldhash::fast::RandomState;
 
@@ -20,6 +20,18 @@ pub struct Key {
     pub guest: SocketAddr,
     /// The other end, as the guest sees it.
     pub remote: SocketAddr,
+}
+
+impl Key {
+    /// The key of a question to a resolver, which no packet has.
+    pub fn of_question(token: u64) -> Key {
+        let nobody = SocketAddr::new(Ipv6Addr::from(u128::from(token)).into(), 0);
+        Key {
+            protocol: 0,
+            guest: nobody,
+            remote: nobody,
+        }
+    }
 }
 
 /// A flow.
@@ -46,6 +58,8 @@ pub enum Kind {
     Tcp(Box<Tcp>),
     /// UDP datagrams, or ICMP echo.
     Datagrams(Box<Datagrams>),
+    /// A question of the gateway's to a resolver, with its token.
+    Question(Box<Datagrams>, u64),
 }
 
 /// A number for a flow that is never used again: what the host is asked and answers by.

@@ -4,6 +4,7 @@
 //!   mod        the port: frames in, frames out; who owns which flow; the host's answers
 //!   tcp        one connection             datagram   one UDP flow, or ICMP echo
 //!   flow       the table and its timers   wire       headers
+//!   router     the gateway's answers and the NAT as one port
 //! ```
 //!
 //! The NAT makes no sockets. It asks for connected ones ([`Host`]), so it can run where none can be made, and whoever
@@ -15,6 +16,7 @@
 
 mod datagram;
 mod flow;
+mod router;
 mod tcp;
 mod wire;
 
@@ -34,6 +36,7 @@ use rustix::event::epoll;
 
 use self::datagram::Datagrams;
 use self::flow::{FlowId, Flows, Key, Kind};
+pub use self::router::Router;
 use self::tcp::{Fate, Heard, Next, Tcp};
 use self::wire::{Ends, Segment, flag};
 use crate::checksum;
@@ -192,6 +195,8 @@ pub struct Nat {
     guest_mac: Mac,
     /// Bytes that flows hold, as of their last events.
     memory: usize,
+    /// Answers of resolvers, with the tokens of the questions.
+    resolved: VecDeque<(u64, Vec<u8>)>,
     dns_failures: u32,
     secret: RandomState,
     counters: NatCounters,
@@ -216,6 +221,7 @@ impl Nat {
             guest6: None,
             guest_mac: config.guest_mac,
             memory: 0,
+            resolved: VecDeque::new(),
             dns_failures: 0,
             secret: RandomState::default(),
             counters: NatCounters::default(),
@@ -239,6 +245,26 @@ impl Nat {
     /// Whether `poll` has something to do now.
     pub fn has_frames(&self) -> bool {
         !self.ready.is_empty() || !self.loose.is_empty()
+    }
+
+    /// Asks one of the host's resolvers.
+    pub fn resolve(&mut self, token: u64, message: &[u8], now: Time) {
+        let mut datagrams = Datagrams::default();
+        datagrams.send(message);
+        let kind = Kind::Question(Box::new(datagrams), token);
+        let wish = Wish::Resolver {
+            tcp: false,
+            failures: self.dns_failures,
+        };
+        let (key, mac) = (Key::of_question(token), self.config.mac);
+        if let Some(id) = self.begin(key, mac, kind, wish, now) {
+            self.settle(id, Fate::Lives, now);
+        }
+    }
+
+    /// A resolver's answer, with the token of the question.
+    pub fn next_resolved(&mut self) -> Option<(u64, Vec<u8>)> {
+        self.resolved.pop_front()
     }
 
     /// Takes what has happened at the sockets, some at a time. What is left makes the descriptor readable again.
@@ -283,7 +309,9 @@ impl Nat {
                     port,
                     payload,
                 }) => {
-                    if let Some(key) = self.key_of_peer(protocol::UDP, peer, port) {
+                    if let Some(key) = self.key_of_peer(protocol::UDP, peer, port)
+                        && !self.also(&key, &payload)
+                    {
                         let datagrams = Datagrams::by_host(socket, payload);
                         self.counters.datagram_flows += 1;
                         self.adopt(key, Kind::Datagrams(Box::new(datagrams)), now);
@@ -309,13 +337,28 @@ impl Nat {
         };
         // Several of the host's addresses are one to the guest: then another port is taken.
         for _ in 0..1024 {
-            if self.flows.find(&key).is_none() {
+            // Datagrams of one peer are of one flow.
+            if protocol == protocol::UDP || self.flows.find(&key).is_none() {
                 return Some(key);
             }
             let next = key.remote.port().wrapping_add(1).max(1024);
             key.remote.set_port(next);
         }
         None
+    }
+
+    /// Gives a datagram of a peer to the flow that it has already.
+    fn also(&mut self, key: &Key, payload: &[u8]) -> bool {
+        let Some(id) = self.flows.find(key) else {
+            return false;
+        };
+        if let Some(flow) = self.flows.get(id)
+            && let Kind::Datagrams(datagrams) = &mut flow.kind
+        {
+            datagrams.also(payload.to_vec());
+        }
+        self.list(id);
+        true
     }
 
     /// Takes a flow that begins with a socket.
@@ -340,7 +383,9 @@ impl Nat {
                 tcp.socket(),
                 epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP,
             ),
-            Kind::Datagrams(datagrams) => (datagrams.socket(), epoll::EventFlags::IN),
+            Kind::Datagrams(datagrams) | Kind::Question(datagrams, _) => {
+                (datagrams.socket(), epoll::EventFlags::IN)
+            }
         };
         if let Some(socket) = socket {
             let token = epoll::EventData::new_u64(id.number());
@@ -368,7 +413,7 @@ impl Nat {
         };
         match &mut flow.kind {
             Kind::Tcp(tcp) => tcp.opened(socket, peeks),
-            Kind::Datagrams(datagrams) => datagrams.opened(socket),
+            Kind::Datagrams(datagrams) | Kind::Question(datagrams, _) => datagrams.opened(socket),
         }
         self.watch(id);
         self.settle(id, Fate::Lives, now);
@@ -384,6 +429,21 @@ impl Nat {
             Kind::Datagrams(datagrams) => {
                 datagrams.ready(events);
                 Fate::Lives
+            }
+            Kind::Question(datagrams, token) => {
+                let token = *token;
+                match datagrams.resolved() {
+                    Ok(None) => Fate::Lives,
+                    Ok(Some(message)) => {
+                        self.dns_failures = 0;
+                        self.resolved.push_back((token, message));
+                        Fate::Over
+                    }
+                    Err(_) => {
+                        self.dns_failures = self.dns_failures.wrapping_add(1);
+                        Fate::Over
+                    }
+                }
             }
         };
         let after = memory(&flow.kind);
@@ -404,7 +464,9 @@ impl Nat {
         if fate == Fate::Lives {
             let patience = match &flow.kind {
                 Kind::Tcp(tcp) => tcp.patience(),
-                Kind::Datagrams(datagrams) => datagrams.patience(&flow.key),
+                Kind::Datagrams(datagrams) | Kind::Question(datagrams, _) => {
+                    datagrams.patience(&flow.key)
+                }
             };
             return self.flows.set_timer(id, now.after(patience));
         }
@@ -692,11 +754,9 @@ impl Nat {
                     self.counters.tcp_again += 1;
                     tcp.expired()
                 }
-                Kind::Datagrams(datagrams) => {
-                    if flow.key.remote.port() == DNS_PORT {
-                        let failed = !datagrams.answered;
-                        self.dns_failures = if failed { self.dns_failures + 1 } else { 0 };
-                    }
+                Kind::Datagrams(_) => Fate::Over,
+                Kind::Question(..) => {
+                    self.dns_failures = self.dns_failures.wrapping_add(1);
                     Fate::Over
                 }
             };
@@ -725,6 +785,7 @@ impl Nat {
                 Some(frame) => Next::Frame(frame),
                 None => Next::Nothing,
             },
+            Kind::Question(..) => Next::Nothing,
         };
         let after = memory(&flow.kind);
         flow.listed = matches!(next, Next::Frame(_));
@@ -748,7 +809,7 @@ impl Nat {
 fn memory(kind: &Kind) -> usize {
     match kind {
         Kind::Tcp(tcp) => tcp.memory(),
-        Kind::Datagrams(_) => 0,
+        Kind::Datagrams(_) | Kind::Question(..) => 0,
     }
 }
 
