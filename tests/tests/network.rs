@@ -147,7 +147,7 @@ fn udp_goes_both_ways() {
             }
         }
     });
-    let script = format!("tftp -g -r file -l /dev/stdout $gw {port}");
+    let script = format!("tftp -g -r file -l /tmp/file $gw {port} && cat /tmp/file");
     let finished = run("user,host-loopback", &script).run();
     assert_eq!(finished.text(), "over udp\n", "{}", finished.stderr);
 }
