@@ -42,6 +42,19 @@ impl Asm {
         }
     }
 
+    /// The same in memory that was used before.
+    pub fn reuse(mut code: Vec<u8>, base: u64) -> Self {
+        code.clear();
+        Asm { code, base }
+    }
+
+    /// Appends a copy of what is there already.
+    pub fn copy(&mut self, from: std::ops::Range<usize>) {
+        if from.end <= self.code.len() {
+            self.code.extend_from_within(from);
+        }
+    }
+
     /// The current place.
     pub fn here(&self) -> Here {
         Here(self.code.len())
@@ -208,6 +221,13 @@ impl Asm {
         self.rex_w(dst, index.map_or(0, |(i, _)| i), base);
         self.code.push(0x8b);
         self.mem_operand(dst, Some(base), index, disp);
+    }
+
+    /// `mov [base + disp], src`, 64 bits.
+    pub fn store(&mut self, base: u8, disp: i32, src: u8) {
+        self.rex_w(src, 0, base);
+        self.code.push(0x89);
+        self.mem_operand(src, Some(base), None, disp);
     }
 
     /// A load or store of `size` bytes (2, 4 or 8) at `[base + index]`; loads of 4 zero-extend, of 2 merge.

@@ -81,7 +81,7 @@ pub struct MemSite {
     /// RIP of the instruction.
     pub rip: u64,
     /// Bytes of the operand.
-    pub size: u8,
+    pub size: u16,
     /// What is done with it.
     pub access: OperandAccess,
     /// Its segment as in `Cpu::segments`.
@@ -95,6 +95,9 @@ pub struct MemSite {
     /// The interpreter's site for this instruction, which must not touch masked lanes: it runs there unless the
     /// whole operand lies in one page of RAM.
     pub masked: Option<u32>,
+    /// The operands of several instructions from this one on, which share a check; and the link to a block that checks
+    /// each for itself, for when they do not all lie in one page of RAM.
+    pub group: Option<u32>,
     /// It is one access to all others, wherever it lies: LOCK, or XCHG.
     pub locked: bool,
     /// Instructions of the block that retired before this one.

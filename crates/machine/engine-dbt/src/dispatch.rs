@@ -22,7 +22,7 @@ use crate::mmu::{OperandAccess, PendingStore, StoredTo, canonical};
 use crate::signals::{self, FaultFrame, ThreadGuard};
 use crate::stubs::{self, Callbacks, Stubs, reason};
 use crate::table::FeatureSet;
-use crate::translate::{Fetch, Mode, Options, translate};
+use crate::translate::{Fetch, Mode, Options, Workspace, translate};
 
 mod blocks;
 mod follow;
@@ -50,6 +50,10 @@ pub struct Translated {
     lockstep: u64,
     /// Block exits that lock-step found equal.
     compared: u64,
+    /// RIP of an access that must be checked by itself when it runs next: its group's check failed.
+    ungrouped: Option<u64>,
+    /// Memory for the next translation.
+    workspace: Workspace,
     /// Times the cache was flushed: link numbers are valid within one generation.
     generation: u64,
     /// Exceptions end the run instead of being delivered.
@@ -113,6 +117,8 @@ impl Translated {
             stop_on_exception: false,
             stopped: None,
             provisional: Vec::new(),
+            ungrouped: None,
+            workspace: Workspace::default(),
             serialized: false,
             debug: GuestDebug::default(),
             inspector: None,
@@ -343,6 +349,10 @@ impl Translated {
         if self.debug.step {
             mode = mode.single();
         }
+        if self.ungrouped == Some(self.cpu.rip) {
+            self.ungrouped = None;
+            mode = mode.ungrouped();
+        }
         if self.cpu.interrupt_shadow {
             self.cpu.interrupt_shadow = false;
             mode = mode.single();
@@ -381,6 +391,10 @@ impl Translated {
             reason::LINK => {
                 self.exit(ExitCause::Lookup);
                 self.follow_link(bus)?
+            }
+            reason::UNGROUP => {
+                self.exit(ExitCause::Lookup);
+                self.ungroup(bus)?
             }
             reason::INTERPRET => self.interpret(bus)?,
             reason::REQUEST => {

@@ -250,6 +250,8 @@ pub enum RmOperand {
     Register(u8),
     /// `[base]`.
     Base(u8),
+    /// `[base + displacement]`.
+    BaseDisplacement(u8, i32),
     /// `[base + index]`.
     BaseIndex(u8, u8),
 }
@@ -280,6 +282,7 @@ impl Encode {
         let mut modrm = None;
         let mut sib = None;
         let mut disp8 = false;
+        let mut disp = None;
         match self.rm {
             None => {}
             Some(RmOperand::Register(reg)) => {
@@ -289,6 +292,18 @@ impl Encode {
             Some(RmOperand::Base(base)) => {
                 disp8 = base & 7 == 5;
                 modrm = Some(u8::from(disp8) << 6 | (self.reg & 7) << 3 | base & 7);
+                if base & 7 == 4 {
+                    sib = Some(0x24);
+                }
+                b = base >> 3;
+            }
+            Some(RmOperand::BaseDisplacement(base, displacement)) => {
+                let mode = match i8::try_from(displacement) {
+                    Ok(_) => 0x40,
+                    Err(_) => 0x80,
+                };
+                disp = Some(displacement);
+                modrm = Some(mode | (self.reg & 7) << 3 | base & 7);
                 if base & 7 == 4 {
                     sib = Some(0x24);
                 }
@@ -345,6 +360,11 @@ impl Encode {
         out.extend(sib);
         if disp8 {
             out.push(0);
+        }
+        match disp.map(|disp| (i8::try_from(disp), disp)) {
+            Some((Ok(short), _)) => out.push(short as u8),
+            Some((Err(_), long)) => out.extend_from_slice(&long.to_le_bytes()),
+            None => {}
         }
         out.extend_from_slice(self.raw.imm());
     }

@@ -30,6 +30,8 @@ pub mod reason {
     pub const STALE: u64 = 6;
     /// A host instruction faulted, see the signal module.
     pub const HOST_FAULT: u64 = 7;
+    /// A group of accesses at `Cpu::rip` did not pass its check, `exit_info` the link to a block without groups.
+    pub const UNGROUP: u64 = 8;
 }
 
 /// Addresses of the stubs.

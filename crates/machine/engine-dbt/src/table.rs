@@ -5,8 +5,8 @@
 //! and Goldberg, and it touches nothing but general, x87/MMX and vector registers, flags and one memory operand.
 
 use iced_x86::{
-    Code, CpuidFeature, Instruction, InstructionInfo, MemorySize, Mnemonic, OpAccess,
-    OpCodeOperandKind, OpKind, Register,
+    Code, CpuidFeature, Instruction, InstructionInfoFactory, InstructionInfoOptions, MemorySize,
+    Mnemonic, OpAccess, OpCodeOperandKind, OpKind, Register,
 };
 use strata_engine::x86::CpuModel;
 
@@ -61,11 +61,39 @@ pub enum Treatment {
 
 /// The memory operand of a plain instruction.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct MemoryUse {
+pub struct OperandUse {
     /// What is done with it.
     pub access: OperandAccess,
     /// Bytes.
     pub size: usize,
+}
+
+/// What an instruction does with each of its operands.
+#[derive(Clone, Copy, Debug)]
+pub struct Accesses([OpAccess; 5]);
+
+impl Accesses {
+    /// None.
+    pub const NONE: Accesses = Accesses([OpAccess::None; 5]);
+
+    /// Those of `instr`.
+    pub fn of(instr: &Instruction, info: &mut InstructionInfoFactory) -> Accesses {
+        let options =
+            InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
+        let info = info.info_options(instr, options);
+        Accesses([
+            info.op0_access(),
+            info.op1_access(),
+            info.op2_access(),
+            info.op3_access(),
+            info.op4_access(),
+        ])
+    }
+
+    fn get(&self, operand: u32) -> OpAccess {
+        let access = self.0.get(operand as usize);
+        access.copied().unwrap_or(OpAccess::None)
+    }
 }
 
 /// Where a general register is encoded.
@@ -588,9 +616,9 @@ fn interpreted(instr: &Instruction) -> bool {
 }
 
 /// The memory operand of `instr`, if it has one that is accessed.
-pub fn memory_use(instr: &Instruction, info: &InstructionInfo) -> Option<MemoryUse> {
+pub fn memory_use(instr: &Instruction, accesses: &Accesses) -> Option<OperandUse> {
     let index = (0..instr.op_count()).find(|&i| instr.op_kind(i) == OpKind::Memory)?;
-    let access = match info.op_access(index) {
+    let access = match accesses.get(index) {
         OpAccess::Read | OpAccess::CondRead => OperandAccess::Read,
         OpAccess::Write => OperandAccess::Write,
         OpAccess::ReadWrite | OpAccess::ReadCondWrite | OpAccess::CondWrite => {
@@ -605,7 +633,7 @@ pub fn memory_use(instr: &Instruction, info: &InstructionInfo) -> Option<MemoryU
         MemorySize::FpuEnv28 => 28,
         size => size.size(),
     };
-    Some(MemoryUse { access, size })
+    Some(OperandUse { access, size })
 }
 
 /// What the address of the memory operand must be a multiple of, else #GP (Intel SDM vol. 1, 11.6.10.1; vol. 2,
@@ -653,7 +681,7 @@ pub fn waits_for_x87(instr: &Instruction) -> bool {
 }
 
 /// The general-register operands of `instr`.
-pub fn register_uses(instr: &Instruction, info: &InstructionInfo, out: &mut Vec<RegisterUse>) {
+pub fn register_uses(instr: &Instruction, accesses: &Accesses, out: &mut Vec<RegisterUse>) {
     use OpCodeOperandKind as K;
     out.clear();
     for i in 0..instr.op_count() {
@@ -695,7 +723,7 @@ pub fn register_uses(instr: &Instruction, info: &InstructionInfo, out: &mut Vec<
         } else {
             register.full_register().number() as u8
         };
-        let access = info.op_access(i);
+        let access = accesses.get(i);
         let write = matches!(
             access,
             OpAccess::Write | OpAccess::ReadWrite | OpAccess::CondWrite | OpAccess::ReadCondWrite

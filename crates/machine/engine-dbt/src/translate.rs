@@ -7,12 +7,13 @@
 
 mod block;
 mod branch;
+mod group;
 mod memory;
 mod operand;
 mod stack;
 mod system;
 
-pub use block::{Fetch, NeedsNextPage, Translated, translate};
+pub use block::{Fetch, NeedsNextPage, Translated, Workspace, translate};
 
 use strata_engine::x86::Segment;
 
@@ -57,6 +58,7 @@ impl Mode {
     const SLOW_FS: u32 = 2048;
     const SLOW_GS: u32 = 4096;
     const NO_BASES: u32 = 8192;
+    const UNGROUPED: u32 = 16384;
 
     /// The mode a vCPU is in.
     pub fn of(cpu: &Cpu) -> Mode {
@@ -129,6 +131,16 @@ impl Mode {
     /// The same mode, for exactly one instruction.
     pub fn single(self) -> Mode {
         Mode(self.0 | Mode::SINGLE)
+    }
+
+    /// The same mode, for code in which each access has a check of its own.
+    pub fn ungrouped(self) -> Mode {
+        Mode(self.0 | Mode::UNGROUPED)
+    }
+
+    /// Each access has a check of its own.
+    pub fn is_ungrouped(self) -> bool {
+        self.0 & Mode::UNGROUPED != 0
     }
 
     /// Linear address of `rip` in a code segment with that base.

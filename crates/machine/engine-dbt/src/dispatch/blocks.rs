@@ -6,7 +6,7 @@ use super::*;
 use crate::translate::{NeedsNextPage, Translated as Block};
 
 /// Guest bytes fetched for a block: more than its most instructions can have.
-const WINDOW: usize = 1024;
+pub(super) const WINDOW: usize = 1024;
 /// How often a block is begun anew whose bytes others change while it is translated, before it is taken as it is.
 const TRIES: usize = 100;
 
@@ -89,7 +89,9 @@ impl Translated {
     fn make(&mut self, key: Key, bytes: &[u8], in_page: usize) -> Result<Block, NeedsNextPage> {
         let fetch = Fetch { bytes, in_page };
         let (stubs, features) = (&self.stubs, &self.features);
-        translate(key, fetch, &mut self.code, stubs, features, self.options)
+        let (code, options) = (&mut self.code, self.options);
+        let workspace = &mut self.workspace;
+        translate(key, fetch, code, stubs, features, options, workspace)
     }
 
     /// Translates a block. `None`: its bytes changed meanwhile, and it is not taken `anyway`.
@@ -146,7 +148,7 @@ impl Translated {
         stats.instructions_translated += u64::from(done.instructions);
         stats.translation_ns += u64::try_from(started.elapsed().as_nanos()).unwrap_or(0);
         let from_first = (done.len as usize).min(in_page);
-        let source = |range: Range<usize>| bytes.get(range).map_or(Vec::new(), <[u8]>::to_vec);
+        let source = |range: Range<usize>| bytes.get(range).unwrap_or(&[]);
         let made_from = [
             (key.gpa, source(0..from_first)),
             (
@@ -154,6 +156,7 @@ impl Translated {
                 source(from_first..done.len as usize),
             ),
         ];
+        self.workspace.recycle(done);
         let unchanged = self.unchanged(&made_from);
         if !unchanged && !anyway {
             self.code.invalidate(id, &mut self.cpu, &mut self.env.stats);
@@ -183,7 +186,7 @@ impl Translated {
         let Some(block) = self.code.block(block) else {
             return;
         };
-        if mode.is_single() {
+        if mode.is_single() || mode.is_ungrouped() {
             return;
         }
         let privilege = usize::from(mode.user());
@@ -204,6 +207,32 @@ impl Translated {
             global,
             self.code.address(block.entry),
         );
+    }
+
+    /// A group of accesses did not lie in one page of RAM: goes on, now and from here on, in a block that checks each.
+    pub(super) fn ungroup(&mut self, bus: &dyn IoBus) -> Result<Option<Exit>, EngineError> {
+        self.ungrouped = Some(self.cpu.rip);
+        let number = self.cpu.exit_info as u32;
+        let Some(link) = self.code.link(number) else {
+            return Err(EngineError::Internal("a group that is not known".into()));
+        };
+        // What is counted in the block before is counted by the dispatcher only.
+        if self.options.count || self.cpu.request_bits() != 0 || self.cpu.dropped.any() {
+            return Ok(None);
+        }
+        let generation = self.generation;
+        let (id, key, _) = match self.find(Mode(link.target.mode), bus)? {
+            Err(fault) => return Ok(self.raise(bus, fault)),
+            Ok(found) => found,
+        };
+        let lasts = generation == self.generation && !self.code.is_dead_link(number);
+        let block = self.code.block(id);
+        let whole = block.is_some_and(|block| block.second_page.is_none());
+        if key == link.target && whole && lasts {
+            self.code.connect(number, id);
+            self.inspect_link(&link, id)?;
+        }
+        Ok(None)
     }
 
     /// A direct jump whose target the jump cache does not have: points it there if both lie in one page, or if the

@@ -2,6 +2,7 @@
 
 use iced_x86::Mnemonic as M;
 
+use super::blocks::WINDOW;
 use super::*;
 
 /// A block, what it was made from, and the question whose answers it waits for.
@@ -14,11 +15,14 @@ pub(super) struct Provisional {
 
 impl Translated {
     /// True if memory still holds what a block was made from.
-    pub(super) fn unchanged(&self, bytes: &[(u64, Vec<u8>); 2]) -> bool {
+    pub(super) fn unchanged<B: AsRef<[u8]>>(&self, bytes: &[(u64, B); 2]) -> bool {
         bytes.iter().all(|(gpa, bytes)| {
-            let mut now = vec![0xff; bytes.len()];
-            let _ = self.env.memory.read(Gpa(*gpa), &mut now);
-            now == *bytes
+            let (mut now, bytes) = ([0xff; WINDOW], bytes.as_ref());
+            let Some(now) = now.get_mut(..bytes.len()) else {
+                return false;
+            };
+            let _ = self.env.memory.read(Gpa(*gpa), now);
+            now == bytes
         })
     }
 
@@ -27,7 +31,7 @@ impl Translated {
         &mut self,
         block: u32,
         asked: u64,
-        bytes: [(u64, Vec<u8>); 2],
+        bytes: [(u64, &[u8]); 2],
         unchanged: bool,
     ) {
         let (peers, me) = (&self.env.peers, self.env.me.id());
@@ -43,7 +47,7 @@ impl Translated {
             block,
             generation: self.generation,
             asked,
-            bytes,
+            bytes: bytes.map(|(gpa, bytes)| (gpa, bytes.to_vec())),
         });
     }
 

@@ -116,7 +116,7 @@ impl Running {
             linear & 0xffff_ffff
         };
         let size = usize::from(site.size);
-        if let Some(interpret) = site.masked {
+        if site.masked.is_some() || site.group.is_some() {
             let access = if site.access == OperandAccess::Read {
                 Access::Read
             } else {
@@ -126,10 +126,15 @@ impl Running {
                 && canonical(linear)
                 && let Ok(Some((host, _))) = exec.ram_window(linear, access)
             {
+                exec.cpu.temp[2] = 0;
                 return host as u64;
             }
-            exec.cpu.exit_info = u64::from(interpret);
-            return self.leave(reason::INTERPRET, site.rip, 0);
+            if let Some(interpret) = site.masked {
+                exec.cpu.exit_info = u64::from(interpret);
+                return self.leave(reason::INTERPRET, site.rip, 0);
+            }
+            exec.cpu.exit_info = site.group.unwrap_or_default().into();
+            return self.leave(reason::UNGROUP, site.rip, site.index);
         }
         let result = if linear & u64::from(site.align).wrapping_sub(1) != 0 {
             Err(Fault::protection(0))

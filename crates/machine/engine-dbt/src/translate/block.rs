@@ -1,5 +1,7 @@
 //! The block builder: fetch, decode, treat each instruction, finish.
 
+use std::ops::Range;
+
 use iced_x86::{
     Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic,
 };
@@ -8,9 +10,12 @@ use super::{MAX_INSTRUCTIONS, Mode, Options};
 use crate::asm::{Asm, Here};
 use crate::code::{BREAKPOINT, CodeMap, FaultPoint, InterpretSite, Key, Link, Next};
 use crate::cpu::{Privilege, off};
+use crate::mmu::OperandAccess;
 use crate::raw::Raw;
 use crate::stubs::Stubs;
-use crate::table::{FeatureSet, RegisterUse, Treatment, treatment};
+use crate::table::{
+    Accesses, FeatureSet, OperandUse, RegisterUse, Treatment, memory_use, treatment, uses_vector,
+};
 
 /// Guest bytes for one block.
 #[derive(Clone, Copy, Debug)]
@@ -22,7 +27,7 @@ pub struct Fetch<'a> {
 }
 
 /// A finished block, not yet in the cache.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Translated {
     /// Host code.
     pub code: Vec<u8>,
@@ -36,14 +41,59 @@ pub struct Translated {
     pub points: Vec<FaultPoint>,
 }
 
+/// What one translation leaves to the next: memory.
+pub struct Workspace {
+    decoded: Vec<Decoded>,
+    cold: Vec<Cold>,
+    uses: Vec<RegisterUse>,
+    info: InstructionInfoFactory,
+    done: Translated,
+}
+
+impl Default for Workspace {
+    fn default() -> Self {
+        Workspace {
+            decoded: Vec::new(),
+            cold: Vec::new(),
+            uses: Vec::new(),
+            info: InstructionInfoFactory::new(),
+            done: Translated::default(),
+        }
+    }
+}
+
+impl Workspace {
+    /// Takes back a block that is in the cache now.
+    pub fn recycle(&mut self, done: Translated) {
+        self.done = done;
+    }
+}
+
+/// An instruction of the block.
+#[derive(Clone, Copy)]
+pub(super) struct Decoded {
+    pub instr: Instruction,
+    pub raw: Option<Raw>,
+    pub how: Treatment,
+    /// What a plain instruction does with its operands.
+    pub accesses: Accesses,
+    /// What it does with that in memory.
+    pub memory: Option<OperandUse>,
+    /// It works on vectors or the x87 stack, and may fault by itself.
+    pub vector: bool,
+    /// Guest bytes up to its end.
+    end: usize,
+}
+
 /// A block that needs bytes of the next page.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct NeedsNextPage;
 
-/// The bytes of an instruction to run a second copy of, and where in them it may fault.
-pub(super) type Copied = (Vec<u8>, Option<(usize, FaultPoint)>);
+/// The bytes of an instruction to run a second copy of, in the block's code, and where in them it may fault.
+pub(super) type Copied = (Range<usize>, Option<(usize, FaultPoint)>);
 
 /// Code that is only reached when something is not as usual, emitted after the block.
+#[derive(Clone)]
 pub(super) enum Cold {
     /// A memory operand missed the TLB.
     Slow {
@@ -67,6 +117,20 @@ pub(super) enum Cold {
         /// Look at the request word first.
         check: bool,
     },
+    /// A group's check failed.
+    Group {
+        /// rel32 that leads here.
+        from: Here,
+        /// Where to go on with the host address.
+        back: Here,
+        /// RIP of the first instruction.
+        rip: u64,
+        /// Instructions before it.
+        index: u16,
+        /// Bytes of all operands.
+        size: usize,
+        access: OperandAccess,
+    },
     /// A request is pending at a jump to `target`.
     Request {
         /// rel32 that leads here.
@@ -89,8 +153,9 @@ pub(super) struct Builder<'a> {
     pub cold: Vec<Cold>,
     pub links: Vec<Link>,
     pub points: Vec<FaultPoint>,
+    pub decoded: Vec<Decoded>,
     pub uses: Vec<RegisterUse>,
-    pub info: InstructionInfoFactory,
+    pub info: &'a mut InstructionInfoFactory,
     /// Instructions before the current one.
     pub index: u16,
     /// RIP of the current instruction.
@@ -112,29 +177,25 @@ pub fn translate(
     stubs: &Stubs,
     features: &FeatureSet,
     options: Options,
+    workspace: &mut Workspace,
 ) -> Result<Translated, NeedsNextPage> {
-    let mode = Mode(key.mode);
-    let limit = if options.reference || mode.is_single() {
-        1
-    } else {
-        MAX_INSTRUCTIONS
-    };
-    let crossing = fetch.in_page < fetch.bytes.len();
-    let mut decoder = Decoder::with_ip(mode.bits(), fetch.bytes, key.rip, DecoderOptions::NONE);
     let first_link = code.next_link();
     let base = code.next_address();
+    let space = workspace;
+    let before = std::mem::take(&mut space.done);
     let mut builder = Builder {
-        asm: Asm::new(base),
-        mode,
+        asm: Asm::reuse(before.code, base),
+        mode: Mode(key.mode),
         options,
         key,
         code,
         stubs,
-        cold: Vec::new(),
-        links: Vec::new(),
-        points: Vec::new(),
-        uses: Vec::new(),
-        info: InstructionInfoFactory::new(),
+        cold: emptied(&mut space.cold),
+        links: cleared(before.links),
+        points: cleared(before.points),
+        decoded: emptied(&mut space.decoded),
+        uses: emptied(&mut space.uses),
+        info: &mut space.info,
         index: 0,
         current_rip: key.rip,
         next_rip: key.rip,
@@ -142,88 +203,169 @@ pub fn translate(
         masked: None,
         first_link,
     };
-    let mut instr = Instruction::default();
-    let mut after_sti = false;
-    let mut last = limit;
-    let end = loop {
-        let start = decoder.position();
-        if start >= fetch.in_page || usize::from(builder.index) >= last {
-            builder.fall_through(after_sti);
-            break start;
-        }
-        if builder.code.breakpoints.contains(&builder.linear(start)) {
-            if builder.index > 0 {
-                builder.fall_through(after_sti);
-                break start;
-            }
-            instr.set_ip(key.rip);
-            builder.interpret(&instr, Some(BREAKPOINT));
-            builder.index += 1;
-            break start + 1;
-        }
-        decoder.decode_out(&mut instr);
-        if decoder.last_error() == DecoderError::NoMoreBytes {
-            if builder.index > 0 {
-                builder.fall_through(after_sti);
-                break start;
-            }
-            if !crossing {
-                return Err(NeedsNextPage);
-            }
-        }
-        let bytes = fetch.bytes.get(start..decoder.position()).unwrap_or(&[]);
-        let offsets = decoder.get_constant_offsets(&instr);
-        let raw = Raw::parse(bytes, mode.bits(), &instr, &offsets);
-        let mut how = treatment(&instr, features, mode.context());
-        if raw.is_none() && how != Treatment::Undefined {
-            how = Treatment::Interpret;
-        }
-        if how == Treatment::PushFlags && mode.is_single() {
-            // RF, which breakpoints use, is not pushed.
-            how = Treatment::Interpret;
-        }
-        if how == Treatment::Sti
-            && (usize::from(builder.index) + 1 >= last || decoder.position() >= fetch.in_page)
-        {
-            how = Treatment::Interpret;
-        }
-        builder.current_rip = instr.ip();
-        builder.next_rip = builder.wrap(instr.next_ip());
-        builder.after_store = Next::Known(builder.next_rip);
-        let goes_on = builder.instruction(&instr, raw, how);
-        builder.index += 1;
-        if !goes_on || crossing {
-            if goes_on {
-                builder.fall_through(after_sti);
-            }
-            break decoder.position();
-        }
-        if after_sti {
-            builder.fall_through(true);
-            break decoder.position();
-        }
-        if builder.next_rip < builder.current_rip {
-            // The instruction pointer wrapped, the bytes go on.
-            builder.fall_through(false);
-            break decoder.position();
-        }
-        if how == Treatment::Sti {
-            after_sti = true;
-            last = limit.max(usize::from(builder.index) + 1);
-        }
-    };
-    let instructions = u32::from(builder.index);
-    let (code, links, points) = builder.finish();
-    Ok(Translated {
-        code,
-        len: end as u32,
+    let whole = builder.decode(fetch, features);
+    let result = whole.map(|()| builder.emit(fetch));
+    let (len, instructions) = (result.unwrap_or(0) as u32, u32::from(builder.index));
+    if result.is_ok() {
+        builder.emit_rest();
+    }
+    let done = Translated {
+        code: builder.asm.code,
+        len,
         instructions,
-        links,
-        points,
-    })
+        links: builder.links,
+        points: builder.points,
+    };
+    (space.decoded, space.cold, space.uses) = (builder.decoded, builder.cold, builder.uses);
+    match result {
+        Ok(_) => Ok(done),
+        Err(needs) => {
+            space.recycle(done);
+            Err(needs)
+        }
+    }
+}
+
+fn emptied<T>(vec: &mut Vec<T>) -> Vec<T> {
+    cleared(std::mem::take(vec))
+}
+
+fn cleared<T>(mut vec: Vec<T>) -> Vec<T> {
+    vec.clear();
+    vec
+}
+
+/// True if no block goes on behind an instruction that is treated so.
+fn ends(instr: &Instruction, how: Treatment) -> bool {
+    use Treatment as T;
+    match how {
+        T::Call | T::Ret | T::Jump | T::Interpret | T::Undefined | T::NoDevice => true,
+        T::System => matches!(
+            instr.mnemonic(),
+            Mnemonic::Syscall | Mnemonic::Sysretq | Mnemonic::Iretq | Mnemonic::Popfq
+        ),
+        _ => false,
+    }
 }
 
 impl Builder<'_> {
+    /// Takes the block's instructions apart, as far as it may go.
+    fn decode(&mut self, fetch: Fetch<'_>, features: &FeatureSet) -> Result<(), NeedsNextPage> {
+        let (mode, rip) = (self.mode, self.key.rip);
+        let mut limit = if self.options.reference || mode.is_single() {
+            1
+        } else {
+            MAX_INSTRUCTIONS
+        };
+        let crossing = fetch.in_page < fetch.bytes.len();
+        let mut decoder = Decoder::with_ip(mode.bits(), fetch.bytes, rip, DecoderOptions::NONE);
+        let context = mode.context();
+        let mut instr = Instruction::default();
+        while self.decoded.len() < limit {
+            let start = decoder.position();
+            if start >= fetch.in_page || self.breakpoint(start) {
+                break;
+            }
+            decoder.decode_out(&mut instr);
+            if decoder.last_error() == DecoderError::NoMoreBytes {
+                if !self.decoded.is_empty() {
+                    break;
+                }
+                if !crossing {
+                    return Err(NeedsNextPage);
+                }
+            }
+            let end = decoder.position();
+            let bytes = fetch.bytes.get(start..end).unwrap_or(&[]);
+            let offsets = decoder.get_constant_offsets(&instr);
+            let raw = Raw::parse(bytes, mode.bits(), &instr, &offsets);
+            let mut how = treatment(&instr, features, context);
+            if raw.is_none() && how != Treatment::Undefined {
+                how = Treatment::Interpret;
+            }
+            if how == Treatment::PushFlags && mode.is_single() {
+                // RF, which breakpoints use, is not pushed.
+                how = Treatment::Interpret;
+            }
+            if how == Treatment::Sti {
+                if self.decoded.len() + 1 >= limit || end >= fetch.in_page {
+                    how = Treatment::Interpret;
+                }
+                // One more instruction, then interrupts are looked at.
+                limit = limit.min(self.decoded.len() + 2);
+            }
+            let plain = matches!(how, Treatment::Plain | Treatment::Masked);
+            let accesses = if plain {
+                Accesses::of(&instr, self.info)
+            } else {
+                Accesses::NONE
+            };
+            self.decoded.push(Decoded {
+                instr,
+                raw,
+                how,
+                memory: memory_use(&instr, &accesses),
+                accesses,
+                vector: plain && uses_vector(&instr),
+                end,
+            });
+            // The instruction pointer may wrap, the bytes go on.
+            if ends(&instr, how) || crossing || self.wrap(instr.next_ip()) < instr.ip() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// True if a debugger's breakpoint is at this byte of the block.
+    fn breakpoint(&self, offset: usize) -> bool {
+        let breakpoints = &self.code.breakpoints;
+        !breakpoints.is_empty() && breakpoints.contains(&self.linear(offset))
+    }
+
+    /// Sees to what follows from where an instruction is.
+    pub(super) fn begin(&mut self, decoded: &Decoded) {
+        self.current_rip = decoded.instr.ip();
+        self.next_rip = self.wrap(decoded.instr.next_ip());
+        self.after_store = Next::Known(self.next_rip);
+    }
+
+    /// Emits what was decoded. Returns how many guest bytes that is.
+    fn emit(&mut self, fetch: Fetch<'_>) -> usize {
+        if self.decoded.is_empty() && self.breakpoint(0) {
+            let mut instr = Instruction::default();
+            instr.set_ip(self.key.rip);
+            self.interpret(&instr, Some(BREAKPOINT));
+            self.index = 1;
+            return 1.min(fetch.in_page);
+        }
+        let (mut at, mut end, mut after_sti) = (0, 0, false);
+        while let Some(decoded) = self.decoded.get(at).copied() {
+            let group = if after_sti { None } else { self.group_at(at) };
+            if let Some(group) = group {
+                let goes_on = self.emit_group(&group);
+                at = group.members.end;
+                let last = at.checked_sub(1).and_then(|last| self.decoded.get(last));
+                end = last.map_or(end, |last| last.end);
+                if !goes_on {
+                    return end;
+                }
+                continue;
+            }
+            self.begin(&decoded);
+            let goes_on = self.instruction(&decoded);
+            self.index += 1;
+            at += 1;
+            end = decoded.end;
+            if !goes_on {
+                return end;
+            }
+            after_sti = decoded.how == Treatment::Sti || (after_sti && at == self.decoded.len());
+        }
+        self.fall_through(after_sti);
+        end
+    }
+
     /// Index of the TLB and jump cache in use.
     pub fn privilege(&self) -> usize {
         if self.mode.user() {
@@ -253,16 +395,17 @@ impl Builder<'_> {
     }
 
     /// Emits one instruction. False if the block ends with it.
-    fn instruction(&mut self, instr: &Instruction, raw: Option<Raw>, how: Treatment) -> bool {
-        let Some(raw) = raw else {
+    fn instruction(&mut self, decoded: &Decoded) -> bool {
+        let (instr, how) = (&decoded.instr, decoded.how);
+        let Some(raw) = decoded.raw else {
             return self.interpret(instr, (how == Treatment::Undefined).then_some(6));
         };
         match how {
             Treatment::Nop => true,
             Treatment::Plain if self.options.yields && instr.mnemonic() == Mnemonic::Pause => {
-                self.pause(instr, raw)
+                self.pause(decoded, raw)
             }
-            Treatment::Plain => self.plain(instr, raw),
+            Treatment::Plain => self.plain(decoded, raw),
             // The tracer and the reference look at each lane.
             Treatment::Masked if self.options.trace || self.options.reference => {
                 self.interpret(instr, None)
@@ -274,7 +417,7 @@ impl Builder<'_> {
                     fault: None,
                 };
                 self.masked = Some(self.code.add_interpret_site(site));
-                self.plain(instr, raw)
+                self.plain(decoded, raw)
             }
             Treatment::BitString => self.bit_string(instr, raw),
             Treatment::Lea => self.lea(instr, raw),
@@ -305,16 +448,16 @@ impl Builder<'_> {
 
     /// PAUSE where other vCPUs may hold what this one spins for: every so often it is interpreted, which gives way to
     /// other threads of the host.
-    fn pause(&mut self, instr: &Instruction, raw: Raw) -> bool {
+    fn pause(&mut self, decoded: &Decoded, raw: Raw) -> bool {
         use crate::asm::reg::RCX;
         self.asm.load_ctx(RCX, off::PAUSES);
         self.asm.lea(RCX, Some(RCX), None, -1, false);
         self.asm.store_ctx(off::PAUSES, RCX);
         let mut spin = Here(0);
         self.asm.unless_rcx_zero(|asm| spin = asm.jmp_later());
-        self.interpret(instr, None);
+        self.interpret(&decoded.instr, None);
         self.asm.patch_here(spin);
-        self.plain(instr, raw)
+        self.plain(decoded, raw)
     }
 
     /// Leaves for the interpreter; the block ends.
@@ -355,10 +498,12 @@ impl Builder<'_> {
         self.first_link + self.links.len() as u32
     }
 
-    fn finish(mut self) -> (Vec<u8>, Vec<Link>, Vec<FaultPoint>) {
-        for cold in std::mem::take(&mut self.cold) {
+    /// Emits what was put off.
+    fn emit_rest(&mut self) {
+        let mut next = 0;
+        while let Some(cold) = self.cold.get(next).cloned() {
             self.emit_cold(cold);
+            next += 1;
         }
-        (self.asm.code, self.links, self.points)
     }
 }

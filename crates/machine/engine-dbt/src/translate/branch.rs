@@ -75,7 +75,7 @@ impl Builder<'_> {
     }
 
     /// A jump to a known target after `retired` instructions of this block.
-    fn goto(&mut self, target: u64, retired: u16) {
+    pub(super) fn goto(&mut self, target: u64, retired: u16) {
         let check = self.needs_check(target);
         self.count(retired);
         self.trace_exit(Some(target));
@@ -122,6 +122,14 @@ impl Builder<'_> {
                 back,
                 op,
             } => self.emit_slow(from, site, back, op),
+            Cold::Group {
+                from,
+                back,
+                rip,
+                index,
+                size,
+                access,
+            } => self.emit_group_cold(from, back, rip, index, size, access),
             Cold::Request { from, target } => {
                 self.asm.patch_here(from);
                 self.asm.mov_imm(R10, target);
@@ -313,9 +321,7 @@ impl Builder<'_> {
             Next::Target
         };
         let back = self.wrap(instr.next_ip());
-        self.asm.mov_imm(RCX, back);
-        self.asm.store_ctx(off::temp(1), RCX);
-        self.push_temp(instr, size);
+        self.push_known(instr, size, back);
         if direct {
             self.goto(self.wrap(instr.near_branch_target()), self.index + 1);
         } else {
@@ -330,6 +336,10 @@ impl Builder<'_> {
         let size = self.branch_size(instr);
         self.stack_address(R8, 0);
         self.access(instr, OperandAccess::Read, size, true, |b| {
+            if size == 8 {
+                b.asm.load(R10, R10, Some((R11, 1)), 0);
+                return None;
+            }
             if size == 2 {
                 b.asm.mov_imm(RCX, 0);
             }
@@ -337,16 +347,22 @@ impl Builder<'_> {
             b.asm.store_ctx(off::temp(0), RCX);
             None
         });
-        let extra = if instr.op_count() > 0 {
-            instr.immediate16()
-        } else {
-            0
-        };
-        let moved = size as i32 + i32::from(extra);
+        if size == 8 {
+            self.return_to_r10(instr);
+            return false;
+        }
+        let moved = returned(instr, size);
         self.move_stack(moved);
         self.asm.load_ctx(R10, off::temp(0));
         self.goto_indirect(self.index + 1, moved as u32);
         false
+    }
+
+    /// The rest of a RET of 64 bits whose target is in R10.
+    pub(super) fn return_to_r10(&mut self, instr: &Instruction) {
+        let moved = returned(instr, 8);
+        self.move_stack(moved);
+        self.goto_indirect(self.index + 1, moved as u32);
     }
 
     /// JMP.
@@ -430,4 +446,14 @@ impl Builder<'_> {
         self.goto_if(taken, target, self.index + 1);
         true
     }
+}
+
+/// Bytes that a RET takes off the stack.
+fn returned(instr: &Instruction, size: usize) -> i32 {
+    let extra = if instr.op_count() > 0 {
+        instr.immediate16()
+    } else {
+        0
+    };
+    size as i32 + i32::from(extra)
 }

@@ -4,7 +4,8 @@ use iced_x86::{Instruction, Mnemonic, Register};
 
 use super::block::{Builder, Cold, Copied};
 use super::operand::host_register;
-use crate::asm::reg::{R10, R11, RCX};
+use crate::asm::Here;
+use crate::asm::reg::{R10, R11, RCX, RSP};
 use crate::code::{FaultPoint, MemSite};
 use crate::cpu::off;
 use crate::mmu::OperandAccess;
@@ -40,16 +41,25 @@ impl Builder<'_> {
     /// Computes the effective address of the memory operand into R10, without segment base. Clobbers R11.
     /// `adjust` is added to RSP-based addresses (POP computes its address after the increment).
     pub fn effective_address(&mut self, instr: &Instruction, adjust: i32) {
+        self.address_into(instr, adjust, R10, R11);
+        let wide = instr.memory_base().size().max(instr.memory_index().size());
+        if wide == 2 {
+            self.truncate_address();
+        }
+    }
+
+    /// The same into `to`, with another scratch register; addresses of 16 bits are not cut off yet.
+    pub fn address_into(&mut self, instr: &Instruction, adjust: i32, to: u8, scratch: u8) {
         let base = instr.memory_base();
         let index = instr.memory_index();
         if instr.is_ip_rel_memory_operand() {
             let address = instr.ip_rel_memory_address();
-            self.asm.mov_imm(R10, address);
+            self.asm.mov_imm(to, address);
             return;
         }
         let displacement = instr.memory_displacement64();
         if base == Register::None && index == Register::None {
-            self.asm.mov_imm(R10, displacement);
+            self.asm.mov_imm(to, displacement);
             return;
         }
         let size = if base == Register::None {
@@ -59,17 +69,14 @@ impl Builder<'_> {
         };
         let rsp_based = base.full_register() == Register::RSP;
         let disp = (displacement as i32).wrapping_add(if rsp_based { adjust } else { 0 });
-        let base = (base != Register::None).then(|| self.address_register(base, R10));
+        let base = (base != Register::None).then(|| self.address_register(base, to));
         let index = (index != Register::None).then(|| {
             (
-                self.address_register(index, R11),
+                self.address_register(index, scratch),
                 instr.memory_index_scale() as u8,
             )
         });
-        self.asm.lea(R10, base, index, disp, size < 8);
-        if size == 2 {
-            self.truncate_address();
-        }
+        self.asm.lea(to, base, index, disp, size < 8);
     }
 
     /// Makes the address in R10 one of 16 bits.
@@ -79,7 +86,7 @@ impl Builder<'_> {
     }
 
     /// Host register that holds an address register, loaded into `scratch` if it lives in the context.
-    fn address_register(&mut self, register: Register, scratch: u8) -> u8 {
+    pub(super) fn address_register(&mut self, register: Register, scratch: u8) -> u8 {
         let number = register.full_register().number() as u8;
         host_register(number).unwrap_or_else(|| {
             self.asm.load_ctx(scratch, off::gpr(number));
@@ -125,13 +132,14 @@ impl Builder<'_> {
         };
         let site = self.code.add_mem_site(MemSite {
             rip: instr.ip(),
-            size: size as u8,
+            size: size as u16,
             access,
             segment: segment as u8,
             stack,
             align: alignment(instr),
             x87: waits_for_x87(instr),
             masked: self.masked.take(),
+            group: None,
             locked: instr.has_lock_prefix() || instr.mnemonic() == Mnemonic::Xchg,
             index: self.index,
             next: self.after_store,
@@ -153,33 +161,13 @@ impl Builder<'_> {
             }
             return;
         }
-        let privilege = self.privilege();
-        let tag = if store {
-            off::tlb_write(privilege)
-        } else {
-            off::tlb_read(privilege)
-        };
-        self.asm.pext_ctx(R11, R10, off::TLB_MASK);
-        self.asm
-            .load(RCX, crate::asm::reg::RSP, Some((R11, 8)), tag as i32);
-        self.asm
-            .lea(RCX, Some(RCX), Some((R10, 1)), size as i32 - 1, false);
-        self.asm.pext_ctx(RCX, RCX, off::PAGE_MASK);
-        let mut from = self.asm.here();
-        self.asm.unless_rcx_zero(|asm| from = asm.jmp_later());
-        self.asm.load(
-            R11,
-            crate::asm::reg::RSP,
-            Some((R11, 8)),
-            off::tlb_delta(privilege) as i32,
-        );
+        let from = self.check(size, store);
         let start = self.asm.here();
         let point = op(self);
         let end = self.asm.here();
         let copy = store.then(|| {
-            let bytes = self.asm.code.get(start.0..end.0).unwrap_or(&[]).to_vec();
             (
-                bytes,
+                start.0..end.0,
                 point.map(|point| (point.offset as usize - start.0, point)),
             )
         });
@@ -193,6 +181,27 @@ impl Builder<'_> {
         if traced {
             self.trace_store(site);
         }
+    }
+
+    /// Looks `size` bytes at linear address R10 up in the soft TLB: R11 is the delta to their host address after it.
+    /// Returns the rel32 of the jump that is taken where they are not in it. Clobbers RCX.
+    pub(super) fn check(&mut self, size: usize, store: bool) -> Here {
+        let privilege = self.privilege();
+        let tag = if store {
+            off::tlb_write(privilege)
+        } else {
+            off::tlb_read(privilege)
+        };
+        self.asm.pext_ctx(R11, R10, off::TLB_MASK);
+        self.asm.load(RCX, RSP, Some((R11, 8)), tag as i32);
+        self.asm
+            .lea(RCX, Some(RCX), Some((R10, 1)), size as i32 - 1, false);
+        self.asm.pext_ctx(RCX, RCX, off::PAGE_MASK);
+        let mut from = self.asm.here();
+        self.asm.unless_rcx_zero(|asm| from = asm.jmp_later());
+        self.asm
+            .load(R11, RSP, Some((R11, 8)), off::tlb_delta(privilege) as i32);
+        from
     }
 
     /// Tells the tracer of the store just made; its linear address is in scratch word 7.
@@ -212,13 +221,7 @@ impl Builder<'_> {
     }
 
     /// The slow path of one operand.
-    pub(super) fn emit_slow(
-        &mut self,
-        from: crate::asm::Here,
-        site: u32,
-        back: crate::asm::Here,
-        op: Option<Copied>,
-    ) {
+    pub(super) fn emit_slow(&mut self, from: Here, site: u32, back: Here, op: Option<Copied>) {
         self.asm.patch_here(from);
         self.asm.mov_imm(RCX, u64::from(site));
         self.asm.call_to(self.stubs.slow);
@@ -230,7 +233,7 @@ impl Builder<'_> {
                     ..point
                 });
             }
-            self.asm.bytes(&bytes);
+            self.asm.copy(bytes);
             self.commit(site);
         }
         self.asm.jmp(back);

@@ -1,14 +1,14 @@
 //! Register operands: which host register stands for which guest register, and plain instructions put together anew.
 
-use iced_x86::{Instruction, InstructionInfoOptions, Mnemonic, OpKind};
+use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::block::Builder;
+use super::block::{Builder, Decoded};
 use crate::asm::reg::{R8, R9, R10, R11, RAX, RCX};
 use crate::code::FaultPoint;
 use crate::cpu::off;
 use crate::mmu::OperandAccess;
 use crate::raw::{Encode, Raw, RmOperand};
-use crate::table::{RegisterUse, Slot, implicit_rcx, memory_use, register_uses, uses_vector};
+use crate::table::{RegisterUse, Slot, implicit_rcx, register_uses};
 
 /// The host register that holds guest register `number`, or `None` if it lives in the context.
 pub(super) fn host_register(number: u8) -> Option<u8> {
@@ -30,57 +30,134 @@ struct Loan {
     write: bool,
 }
 
+impl Loan {
+    const NONE: Loan = Loan {
+        number: 0,
+        high: false,
+        scratch: 0,
+        read: false,
+        write: false,
+    };
+}
+
+/// Where the operand in memory of an instruction is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Place {
+    /// There is none.
+    None,
+    /// There is none, and R10 is not free, in a group.
+    Within,
+    /// At `[R10 + R11]`.
+    Checked,
+    /// At this offset from R10, in a group.
+    Grouped(i32),
+}
+
+/// At most four of something: an instruction has no more register operands.
+struct Few<T> {
+    items: [T; 4],
+    len: usize,
+}
+
+impl<T: Copy> Few<T> {
+    fn new(filler: T) -> Few<T> {
+        Few {
+            items: [filler; 4],
+            len: 0,
+        }
+    }
+
+    fn push(&mut self, item: T) {
+        if let Some(place) = self.items.get_mut(self.len) {
+            *place = item;
+            self.len += 1;
+        }
+    }
+
+    fn pop(&mut self) -> Option<T> {
+        self.len = self.len.checked_sub(1)?;
+        self.items.get(self.len).copied()
+    }
+}
+
+impl<T> std::ops::Deref for Few<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        self.items.get(..self.len).unwrap_or(&[])
+    }
+}
+
+impl<T> std::ops::DerefMut for Few<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        self.items.get_mut(..self.len).unwrap_or(&mut [])
+    }
+}
+
+/// True if an instruction without operand in memory may fault on the host.
+fn may_fault(decoded: &Decoded) -> bool {
+    decoded.vector
+        || matches!(
+            decoded.instr.mnemonic(),
+            Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Wait
+        )
+}
+
 impl Builder<'_> {
     /// An instruction run as itself.
-    pub fn plain(&mut self, instr: &Instruction, raw: Raw) -> bool {
-        let options =
-            InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
-        let mut uses = std::mem::take(&mut self.uses);
-        let info = self.info.info_options(instr, options);
-        register_uses(instr, info, &mut uses);
-        if matches!(instr.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr) {
-            // A zero source leaves the destination as it was.
-            for used in &mut uses {
-                used.read = true;
-            }
-        }
-        let memory = memory_use(instr, info);
-        let has_memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory);
-        let faults = uses_vector(instr)
-            || matches!(
-                instr.mnemonic(),
-                Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Wait
-            );
-        match memory {
+    pub fn plain(&mut self, decoded: &Decoded, raw: Raw) -> bool {
+        let instr = &decoded.instr;
+        let uses = self.register_uses(decoded);
+        match decoded.memory {
             Some(memory) => {
                 self.linear_address(instr, 0);
                 let stack = self.stack_segment(instr);
                 self.access(instr, memory.access, memory.size, stack, |b| {
-                    b.operation(instr, raw, &uses, true, true)
+                    b.operation(instr, raw, &uses, Place::Checked, true)
                 });
             }
             // A memory form that accesses nothing is a NOP in all but name.
-            None if has_memory => {}
+            None if (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory) => {}
             None => {
-                self.operation(instr, raw, &uses, false, faults);
+                self.operation(instr, raw, &uses, Place::None, may_fault(decoded));
             }
         }
         self.uses = uses;
         true
     }
 
-    /// The instruction itself between loads and stores of the registers that need a scratch register. With `memory`
-    /// the ModRM operand is `[R10 + R11]`.
+    /// An instruction of a group.
+    pub(super) fn grouped(&mut self, decoded: &Decoded, raw: Raw, place: Place) {
+        let uses = self.register_uses(decoded);
+        let faults = decoded.memory.is_some() || may_fault(decoded);
+        self.operation(&decoded.instr, raw, &uses, place, faults);
+        self.uses = uses;
+    }
+
+    /// The general-register operands, in memory that is to be given back.
+    fn register_uses(&mut self, decoded: &Decoded) -> Vec<RegisterUse> {
+        let mut uses = std::mem::take(&mut self.uses);
+        register_uses(&decoded.instr, &decoded.accesses, &mut uses);
+        if matches!(decoded.instr.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr) {
+            // A zero source leaves the destination as it was.
+            for used in &mut uses {
+                used.read = true;
+            }
+        }
+        uses
+    }
+
+    /// The instruction itself between loads and stores of the registers that need a scratch register, with its operand
+    /// in memory at `place`.
     pub fn operation(
         &mut self,
         instr: &Instruction,
         mut raw: Raw,
         uses: &[RegisterUse],
-        memory: bool,
+        place: Place,
         faults: bool,
     ) -> Option<FaultPoint> {
         let (rcx_in, rcx_out) = implicit_rcx(instr);
-        let mut loans: Vec<Loan> = Vec::new();
+        let mut loans = Few::new(Loan::NONE);
         for used in uses {
             if used.high || host_register(used.number).is_none() {
                 match loans
@@ -102,25 +179,30 @@ impl Builder<'_> {
             }
         }
         let rcx_free = !(rcx_in || rcx_out);
-        let mut rm = if memory {
-            RmOperand::BaseIndex(R10, R11)
-        } else {
-            RmOperand::Register(raw.rm())
+        let mut rm = match place {
+            Place::None | Place::Within => RmOperand::Register(raw.rm()),
+            Place::Checked => RmOperand::BaseIndex(R10, R11),
+            Place::Grouped(offset) => RmOperand::BaseDisplacement(R10, offset),
         };
-        let mut pool: Vec<u8> = Vec::new();
-        if memory {
-            if loans.len() > usize::from(rcx_free) {
-                self.asm.lea(R10, Some(R10), Some((R11, 1)), 0, false);
-                rm = RmOperand::Base(R10);
-                pool.push(R11);
+        let mut pool = Few::new(RCX);
+        match place {
+            Place::Checked => {
+                if loans.len() > usize::from(rcx_free) {
+                    self.asm.lea(R10, Some(R10), Some((R11, 1)), 0, false);
+                    rm = RmOperand::Base(R10);
+                    pool.push(R11);
+                }
             }
-        } else {
-            pool.extend([R11, R10]);
+            Place::Within | Place::Grouped(_) => pool.push(R11),
+            Place::None => {
+                pool.push(R11);
+                pool.push(R10);
+            }
         }
         if rcx_free {
             pool.push(RCX);
         }
-        for loan in &mut loans {
+        for loan in loans.iter_mut() {
             // Never empty: two register operands besides memory is the most there is.
             loan.scratch = pool.pop().unwrap_or(RCX);
         }

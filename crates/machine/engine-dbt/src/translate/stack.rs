@@ -45,6 +45,17 @@ impl Builder<'_> {
         });
     }
 
+    /// Pushes a number.
+    pub fn push_known(&mut self, instr: &Instruction, size: usize, value: u64) {
+        self.stack_address(R8, -(size as i32));
+        self.access(instr, OperandAccess::Write, size, true, |b| {
+            b.asm.mov_imm(RCX, value);
+            b.asm.move_sized(true, RCX, R10, R11, size);
+            b.move_stack(-(size as i32));
+            None
+        });
+    }
+
     /// Reads the top of the stack into RCX (zero-extended) and goes on with it there. Does not move the stack.
     fn peek(&mut self, instr: &Instruction, source: u8, size: usize) {
         self.stack_address(source, 0);
@@ -85,9 +96,8 @@ impl Builder<'_> {
                 self.push_temp(instr, size);
             }
             _ => {
-                self.asm.mov_imm(RCX, instr.immediate(0));
-                self.asm.store_ctx(off::temp(1), RCX);
-                self.push_temp(instr, size);
+                let value = instr.immediate(0);
+                self.push_known(instr, size, value);
             }
         }
         true
