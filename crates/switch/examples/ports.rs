@@ -252,6 +252,56 @@ fn fairness() -> Result<(f64, f64, f64), Error> {
     Ok((least, mean, parts.first().copied().unwrap_or(0.0)))
 }
 
+/// Eight ports send twice what a port of 1 Gbit/s takes, one of them also a frame per millisecond with a priority: how
+/// long these wait, in the switch's own time.
+fn priority(pcp: u8) -> Result<Vec<Duration>, Error> {
+    let (mut switch, ports) = network(false, Capabilities::ALL)?;
+    let (Some(target), Some(probe), Some(senders)) = (ports.last(), ports.get(1), ports.get(1..9))
+    else {
+        return Err("no ports".into());
+    };
+    let limit = Limit {
+        bytes: Some(Rate {
+            per_second: 125_000_000,
+            burst: 1514,
+        }),
+        packets: None,
+    };
+    let slow = PortConfig {
+        egress: limit,
+        ..config(PORTS - 1, false, Capabilities::ALL)
+    };
+    switch.configure_port(*target, slow, Time::ZERO)?;
+    let mut waits = Vec::new();
+    let mut sent = std::collections::VecDeque::new();
+    let step = 1_000_000u64;
+    for tick in 0..1000u64 {
+        let now = Time::from_nanos(tick * step);
+        for (port, id) in senders.iter().enumerate() {
+            for _ in 0..21 {
+                switch.receive(*id, frame(port + 1, PORTS - 1, 1514), now);
+            }
+        }
+        let mut marked = frame(1, PORTS - 1, 200);
+        marked.push_tag(0x8100, u16::from(pcp) << 13);
+        switch.receive(*probe, marked, now);
+        sent.push_back(now);
+        let mut moment = now;
+        while moment.nanos() < (tick + 1) * step {
+            switch.tick(moment);
+            while let Some(out) = switch.take(*target, moment) {
+                if out.len() == 200 {
+                    waits.extend(sent.pop_front().map(|sent| moment.since(sent)));
+                }
+                switch.pool().put(out);
+            }
+            moment = switch.next_deadline();
+        }
+    }
+    waits.sort();
+    Ok(waits)
+}
+
 /// Machine to machine over packet rings: each frame is copied into a ring, out of it, and the same on the other side.
 fn rings(what: &Frame, time: Duration) -> Result<(f64, f64), Error> {
     let (mut switch, ports) = network(false, Capabilities::ALL)?;
@@ -377,6 +427,15 @@ fn main() -> Result<(), Error> {
             "ring to ring, {name:18} {:6.2} M frames/s {:7.1} Gbit/s",
             frames / 1e6,
             bytes * 8.0 / 1e9
+        );
+    }
+    for pcp in [0, 1, 5, 6] {
+        let waits = priority(pcp)?;
+        println!(
+            "a frame of priority {pcp} at a port with twice its load: p50 {:.0} µs, p99 {:.0} µs ({} of 1000 passed)",
+            percentile(&waits, 0.5),
+            percentile(&waits, 0.99),
+            waits.len()
         );
     }
     let (least, mean, flooder) = fairness()?;
