@@ -6,8 +6,8 @@
 //! peer can do is to send frames, good or bad, which it may do anyway, or to stop.
 //!
 //! Layout, little-endian, version 1: `u32` version, `u32` bytes of one ring (a power of two), then at 64, 128 and 192 the
-//! producer's position, the consumer's position and the consumer's "wake me" of the ring to the switch, at 256, 320 and
-//! 384 those of the ring to the machine. The rings follow at 4096. A record is a header of 16 bytes and the frame, padded
+//! producer's position, the consumer's position and the "wake me" words of the ring to the switch (the consumer's, then the
+//! producer's that waits for room), at 256, 320 and 384 those of the ring to the machine. The rings follow at 4096. A record is a header of 16 bytes and the frame, padded
 //! to 16; positions count bytes and wrap at 2³².
 
 use std::sync::Arc;
@@ -70,7 +70,10 @@ pub enum Side {
 struct Way {
     produced: u64,
     consumed: u64,
+    /// The consumer sleeps.
     wake: u64,
+    /// The producer waits for room.
+    room: u64,
     data: u64,
 }
 
@@ -142,6 +145,7 @@ impl Ring {
             produced: base,
             consumed: base + 64,
             wake: base + 128,
+            room: base + 132,
             data,
         };
         let to_switch = way(64, HEADER);
@@ -211,7 +215,8 @@ impl Ring {
         }
     }
 
-    /// Puts a frame in; false if there is no room now.
+    /// Puts a frame in; false if there is no room now: the peer will say when there is (it finds that it
+    /// [must wake](Ring::must_wake) us).
     ///
     /// # Errors
     /// The peer broke the rules.
@@ -225,8 +230,17 @@ impl Ring {
         if used > self.size {
             return Err(self.give_up("it consumed what was never produced"));
         }
-        if len > MAX_FRAME || whole > (self.size - used) as usize {
+        if len > MAX_FRAME {
             return Ok(false);
+        }
+        if whole > (self.size - used) as usize {
+            self.store(self.out.room, 1);
+            fence(Ordering::SeqCst);
+            let used = self.produced.wrapping_sub(self.load(self.out.consumed));
+            if used > self.size || whole > (self.size - used) as usize {
+                return Ok(false);
+            }
+            self.store(self.out.room, 0);
         }
         self.copy_in(self.produced, &header(frame));
         self.copy_in(self.produced.wrapping_add(RECORD as u32), frame.bytes());
@@ -273,12 +287,18 @@ impl Ring {
         RingError::Broken(why)
     }
 
-    /// After pushing: whether the peer sleeps and has to be woken. Asked once per batch.
+    /// After pushing and popping: whether the peer sleeps, or waits for room, and has to be woken. Asked once per batch.
     pub fn must_wake(&self) -> bool {
         // The positions must be seen before the peer's wish is read, as the peer writes its wish before it looks again.
         fence(Ordering::SeqCst);
-        self.atomic(self.out.wake)
-            .is_some_and(|wake| wake.swap(0, Ordering::AcqRel) != 0)
+        let asked = |offset| {
+            let word = self
+                .atomic(offset)
+                .filter(|word| word.load(Ordering::Relaxed) != 0);
+            word.is_some_and(|word| word.swap(0, Ordering::AcqRel) != 0)
+        };
+        let (sleeps, waits) = (asked(self.out.wake), asked(self.into.room));
+        sleeps || waits
     }
 
     /// Before sleeping: asks to be woken. False if frames have come in between: do not sleep.
@@ -508,6 +528,17 @@ mod tests {
         assert!(!machine.sleep());
         assert!(machine.pop(&mut pool).unwrap().is_some());
         assert!(machine.sleep());
+    }
+
+    #[test]
+    fn who_waits_for_room_is_woken() {
+        let (mut switch, mut machine) = pair();
+        let mut pool = Pool::new(1);
+        assert!(!machine.must_wake());
+        while switch.push(&Frame::new(&[1; 9000])).unwrap() {}
+        assert!(machine.pop(&mut pool).unwrap().is_some());
+        assert!(machine.must_wake() && !machine.must_wake());
+        assert!(switch.push(&Frame::new(&[1; 9000])).unwrap());
     }
 
     #[test]

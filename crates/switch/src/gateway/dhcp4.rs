@@ -201,6 +201,23 @@ impl Dhcp4 {
         true
     }
 
+    /// Gives a machine that its owner announces an address, and a name, before it asks. `None`: there is no address left.
+    pub fn assign(&mut self, mac: Mac, name: Option<String>, now: Time) -> Option<Ipv4Addr> {
+        let request = Request {
+            kind: DhcpMessageType::Discover,
+            mac,
+            xid: 0,
+            current: Ipv4Addr::UNSPECIFIED,
+            requested: None,
+            server: None,
+            name,
+            broadcast: false,
+        };
+        let address = self.choose(&request, now)?;
+        self.grant(&request, address, now, self.config.lease);
+        Some(address)
+    }
+
     /// Takes a machine's lease away.
     pub fn remove(&mut self, mac: Mac) {
         if let Some(lease) = self.by_mac.remove(&mac) {

@@ -463,6 +463,21 @@ impl Gateway {
         put
     }
 
+    /// Gives a machine that its owner announces its address, and a name, before it asks. `None`: there is none to give.
+    pub fn assign(&mut self, mac: Mac, name: Option<String>, now: Time) -> Option<Ipv4Addr> {
+        let name = name.filter(|name| dns::is_label(name));
+        let address = self.dhcp4.as_mut()?.assign(mac, name, now)?;
+        if let Some(lease) = self
+            .dhcp4
+            .as_ref()
+            .and_then(|server| server.lease(mac))
+            .cloned()
+        {
+            self.name(&lease, None);
+        }
+        Some(address)
+    }
+
     fn serve_dhcp6(&mut self, data: Option<&[u8]>, way: Addresses, pool: &mut Pool) {
         let Some((ipv6, data)) = self.config.ipv6.zip(data) else {
             return;
