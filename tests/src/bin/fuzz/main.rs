@@ -109,6 +109,11 @@ const TARGETS: &[Target] = &[
         seeds: network::seeds,
     },
     Target {
+        name: "nat",
+        run: network::nat,
+        seeds: network::nat_seeds,
+    },
+    Target {
         name: "vxlan",
         run: network::vxlan,
         seeds: network::vxlan_seeds,

@@ -1,11 +1,17 @@
 //! The data plane: frames that a machine sends into a switch and to its gateway, datagrams from another host, and the
 //! packet ring of a peer that writes what it likes.
 
+use std::collections::VecDeque;
+use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use strata_switch::gateway::dhcp4::Dhcp4Config;
 use strata_switch::gateway::reply::{self, Addresses};
 use strata_switch::gateway::{Gateway, GatewayConfig, Ipv6Config};
+use strata_switch::nat::{Answer, Host, Nat, NatConfig, Wish};
 use strata_switch::packet::Mac;
 use strata_switch::policy::{Direction, Group, GroupId, Remote, Rule, Service};
 use strata_switch::ring::{Ring, Side};
@@ -505,4 +511,177 @@ pub fn ring(bytes: &[u8]) -> u64 {
         sum.add(u64::from(switch.must_wake()) + 2 * u64::from(switch.sleep()));
     }
     sum.0
+}
+
+/// Sockets for the NAT: ends of pairs, whose other ends say what the input says.
+struct Pairs {
+    answers: VecDeque<Answer>,
+    bell: UnixDatagram,
+    never: UnixDatagram,
+    peers: Arc<Mutex<Vec<UnixStream>>>,
+}
+
+impl Host for Pairs {
+    fn ask(&mut self, flow: u64, wish: Wish) -> bool {
+        let pair = UnixStream::pair()
+            .ok()
+            .filter(|_| wish != Wish::Echo(way(0, 7, false).destination));
+        let socket = pair.map(|(ours, theirs)| {
+            let _ = theirs.set_nonblocking(true);
+            let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+            peers.truncate(32);
+            peers.insert(0, theirs);
+            (ours.into(), false)
+        });
+        self.answers.push_back(Answer::Socket { flow, socket });
+        self.bell.send(&[0]).is_ok()
+    }
+
+    fn answer(&mut self) -> Option<Answer> {
+        let _ = self.never.recv(&mut [0]);
+        self.answers.pop_front()
+    }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.never.as_fd()
+    }
+}
+
+/// Frames into a NAT, bytes from its peers, and time.
+pub fn nat(bytes: &[u8]) -> u64 {
+    let (Ok((bell, never)), peers) = (UnixDatagram::pair(), Arc::new(Mutex::new(Vec::new())))
+    else {
+        return 0;
+    };
+    let _ = (bell.set_nonblocking(true), never.set_nonblocking(true));
+    let host = Pairs {
+        answers: VecDeque::new(),
+        bell,
+        never,
+        peers: peers.clone(),
+    };
+    let config = NatConfig {
+        mac: mac(9),
+        gateway4: [10, 0, 0, 9].into(),
+        gateway6: [0xfd00, 0, 0, 0, 0, 0, 0, 9].into(),
+        guest_mac: mac(1),
+        guest4: [10, 0, 0, 1].into(),
+        mtu: 1500,
+        flows_max: 16,
+        memory_max: 1 << 16,
+    };
+    let Ok(mut nat) = Nat::new(config, Box::new(host)) else {
+        return 0;
+    };
+    let (mut input, mut sum, mut pool) = (Input::new(bytes), Sum::new(), Pool::new(16));
+    let (mut now, mut heard) = (Time::ZERO, 0);
+    while !input.is_empty() {
+        match input.byte() >> 5 {
+            0 => now = Time::from_nanos(now.nanos().saturating_add(input.any())),
+            1 => {
+                let count = input.number(1) as usize;
+                let words = input.take(count);
+                let mut peers = peers.lock().unwrap_or_else(PoisonError::into_inner);
+                match peers.first_mut() {
+                    Some(peer) if count > 0 => drop(peer.write_all(words)),
+                    _ => drop(peers.pop()),
+                }
+            }
+            2 => {
+                // The guest answers what it heard last, as a connection's other end would.
+                let mut frame = Frame::new(&segment(&mut input, heard));
+                frame.offload.checksum_valid = true;
+                let _ = nat.deliver(frame, now, &mut pool);
+            }
+            _ => {
+                let mut frame = frame(&mut input);
+                frame.offload.checksum_valid = true;
+                let _ = nat.deliver(frame, now, &mut pool);
+            }
+        }
+        nat.service(now);
+        for _ in 0..32 {
+            let Some(frame) = nat.poll(now, &mut pool) else {
+                break;
+            };
+            assert!(frame.len() <= MAX_FRAME);
+            let number = frame
+                .bytes()
+                .get(38..42)
+                .and_then(|bytes| bytes.try_into().ok());
+            heard = number.map_or(heard, u32::from_be_bytes);
+            sum.add(u64::from(frame.bytes().get(47).copied().unwrap_or(0)));
+            pool.put(frame);
+        }
+    }
+    let counters = nat.counters();
+    assert!(counters.flows <= 16);
+    for count in [
+        counters.flows,
+        counters.tcp_out,
+        counters.tcp_reset,
+        counters.malformed,
+    ] {
+        sum.add(count.min(3));
+    }
+    sum.0
+}
+
+/// A TCP segment of the guest to one of few places.
+fn segment(input: &mut Input, heard: u32) -> Vec<u8> {
+    let (flags, near) = (input.byte(), input.byte());
+    let (seq, ack) = match near & 1 {
+        0 => (
+            u32::from(input.byte()),
+            heard.wrapping_add(u32::from(input.byte() & 3)),
+        ),
+        _ => (input.any() as u32, input.any() as u32),
+    };
+    let count = input.number(1) as usize;
+    let payload = input.take(count).to_vec();
+    let mut bytes = vec![0; 54];
+    bytes[..6].copy_from_slice(&mac(9).0);
+    bytes[6..12].copy_from_slice(&mac(1).0);
+    bytes[12..16].copy_from_slice(&[8, 0, 0x45, 0]);
+    bytes[16..18].copy_from_slice(&(40 + payload.len() as u16).to_be_bytes());
+    bytes[22..24].copy_from_slice(&[64, 6]);
+    bytes[26..34].copy_from_slice(&[10, 0, 0, 1, 192, 0, 2, near >> 6]);
+    bytes[34..38].copy_from_slice(&[1, 0, 0, 80 + (near >> 5 & 1)]);
+    bytes[38..42].copy_from_slice(&seq.to_be_bytes());
+    bytes[42..46].copy_from_slice(&ack.to_be_bytes());
+    bytes[46..50].copy_from_slice(&[0x50, flags, near, seq as u8]);
+    bytes.extend(payload);
+    bytes
+}
+
+/// A connection that is made, used and ended.
+pub fn nat_seeds() -> Vec<Vec<u8>> {
+    let say = |script: Script, flags: u8, seq: u8, more: u8, count: u8| {
+        let script = script
+            .byte(2 << 5)
+            .byte(flags)
+            .byte(0x40)
+            .byte(seq)
+            .byte(more);
+        (0..count).fold(script.number(u64::from(count), 1), |script, byte| {
+            script.byte(byte)
+        })
+    };
+    let open = || say(say(Script::default(), 2, 9, 0, 0), 16, 10, 1, 0);
+    let talk = say(
+        open().byte(1 << 5).number(3, 1).byte(1).byte(2).byte(3),
+        24,
+        10,
+        3,
+        9,
+    );
+    let end = say(say(open(), 17, 10, 1, 0), 4, 10, 0, 0);
+    let mut seeds = vec![open().0, talk.0, end.0];
+    seeds.extend(seeds_of_frames());
+    seeds
+}
+
+fn seeds_of_frames() -> Vec<Vec<u8>> {
+    let alone = |frame: &Frame| script(Script::default().byte(7 << 5), frame).0;
+    frames().iter().map(alone).collect()
 }
