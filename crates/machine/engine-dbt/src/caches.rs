@@ -1,21 +1,24 @@
 //! What a vCPU remembers of memory and code, in the context where emitted code reaches it: the soft TLBs from linear
 //! address to host memory, the jump caches from RIP to host code, and what INVLPG must know of both.
 
-/// Entries of each soft TLB.
-pub const TLB_ENTRIES: usize = 1024;
+/// Entries of a soft TLB at least and at most: it grows where a guest's working set does not fit, and shrinks again
+/// where it is emptied before it fills, because emptying it takes time for each entry.
+pub const TLB_LEAST: usize = 1024;
+const TLB_MOST: usize = 16384;
 /// Entries of each jump cache.
 pub const JUMP_ENTRIES: usize = 16384;
 /// Entries of a jump cache that are emptied one by one; where more are in use, all are.
 const JUMPS_LISTED: usize = 1024;
 
 /// Tags of an empty soft TLB. A tag "hits" the addresses of its page and the few bytes below it, so the empty tag of
-/// entry `i` names a page whose own index is half the table away from `i`: no address at all hits an empty entry.
+/// entry `i` names a page whose own index is two away from `i`, however many entries there are: no address at all hits
+/// an empty entry.
 #[allow(clippy::indexing_slicing, reason = "evaluated by the compiler")]
-static EMPTY_TLB: [u64; TLB_ENTRIES] = {
-    let mut tags = [0; TLB_ENTRIES];
+static EMPTY_TLB: [u64; TLB_MOST] = {
+    let mut tags = [0; TLB_MOST];
     let mut i = 0;
-    while i < TLB_ENTRIES {
-        tags[i] = (((i + TLB_ENTRIES / 2) % TLB_ENTRIES) as u64 * 4096).wrapping_neg();
+    while i < TLB_MOST {
+        tags[i] = ((i ^ 2) as u64 * 4096).wrapping_neg();
         i += 1;
     }
     tags
@@ -68,13 +71,19 @@ impl Residues {
 #[repr(C)]
 pub struct SoftTlb {
     /// Tags for loads.
-    pub read: [u64; TLB_ENTRIES],
+    pub read: [u64; TLB_MOST],
     /// Tags for stores: the page is writable, dirty in its page-table entry, RAM, and holds no watched code.
-    pub write: [u64; TLB_ENTRIES],
+    pub write: [u64; TLB_MOST],
     /// Host address minus linear address.
-    pub delta: [u64; TLB_ENTRIES],
+    pub delta: [u64; TLB_MOST],
     /// One bit per entry: filled from a global mapping.
-    pub global: [u64; TLB_ENTRIES / 64],
+    global: [u64; TLB_MOST / 64],
+    /// Entries in use, a power of two; those behind mean nothing.
+    entries: usize,
+    /// Entries filled since it was emptied last.
+    filled: usize,
+    /// Those among them that took the place of another.
+    evicted: usize,
 }
 
 /// A cache from linear instruction address to host code. Tags hold the negated address.
@@ -170,15 +179,82 @@ impl Dropped {
 }
 
 impl SoftTlb {
+    /// Where `linear` belongs.
+    pub fn index(&self, linear: u64) -> usize {
+        (linear >> 12) as usize & (self.entries - 1)
+    }
+
+    /// Enters the page at `page`, for stores too if `store`.
+    pub fn fill(&mut self, page: u64, delta: u64, store: bool, global: bool) {
+        let (index, tag) = (self.index(page), page.wrapping_neg());
+        let Some(&empty) = EMPTY_TLB.get(index) else {
+            return;
+        };
+        if let (Some(read), Some(write), Some(to), Some(globals)) = (
+            self.read.get_mut(index),
+            self.write.get_mut(index),
+            self.delta.get_mut(index),
+            self.global.get_mut(index / 64),
+        ) {
+            self.filled += 1;
+            self.evicted += usize::from(*read != empty && *read != tag);
+            (*read, *write) = (tag, if store { tag } else { empty });
+            *to = delta;
+            let bit = 1u64 << (index % 64);
+            *globals = *globals & !bit | if global { bit } else { 0 };
+        }
+    }
+
+    /// How many entries it should have: more if they take each other's place, fewer if most are not used from one time
+    /// that it is emptied to the next.
+    pub fn wanted(&self, emptied: bool) -> usize {
+        if self.evicted > 2 * self.entries {
+            (self.entries * 4).min(TLB_MOST)
+        } else if emptied && self.filled < self.entries / 8 {
+            (self.entries / 4).max(TLB_LEAST)
+        } else {
+            self.entries
+        }
+    }
+
+    /// Entries in use.
+    pub fn entries(&self) -> usize {
+        self.entries
+    }
+
+    /// Empties it and gives it another size.
+    pub fn resize(&mut self, entries: usize) {
+        self.entries = entries.clamp(TLB_LEAST, TLB_MOST);
+        self.flush(true);
+    }
+
+    /// The tags for loads, those for stores, deltas, and what the first two are when empty, of the entries in use.
+    fn used(&mut self) -> (&mut [u64], &mut [u64], &[u64], &'static [u64]) {
+        let range = ..self.entries;
+        (
+            self.read.get_mut(range).unwrap_or_default(),
+            self.write.get_mut(range).unwrap_or_default(),
+            self.delta.get(range).unwrap_or_default(),
+            EMPTY_TLB.get(range).unwrap_or_default(),
+        )
+    }
+
     /// Empties it; entries of global mappings stay unless `global`.
     pub fn flush(&mut self, global: bool) {
-        if global || self.global.iter().all(|&bits| bits == 0) {
-            self.read.copy_from_slice(&EMPTY_TLB);
-            self.write.copy_from_slice(&EMPTY_TLB);
-            self.global.fill(0);
+        (self.filled, self.evicted) = (0, 0);
+        let words = self.entries / 64;
+        let all = global || self.global.iter().take(words).all(|&bits| bits == 0);
+        if all {
+            let (read, write, _, empty) = self.used();
+            read.copy_from_slice(empty);
+            write.copy_from_slice(empty);
+            self.global
+                .iter_mut()
+                .take(words)
+                .for_each(|bits| *bits = 0);
             return;
         }
-        for (word, &bits) in self.global.iter().enumerate() {
+        for (word, &bits) in self.global.iter().take(words).enumerate() {
             if bits == u64::MAX {
                 continue;
             }
@@ -196,7 +272,7 @@ impl SoftTlb {
     }
 
     /// Empties one entry.
-    pub fn drop_entry(&mut self, index: usize) {
+    fn drop_entry(&mut self, index: usize) {
         if let (Some(read), Some(write), Some(&tag)) = (
             self.read.get_mut(index),
             self.write.get_mut(index),
@@ -210,10 +286,10 @@ impl SoftTlb {
     /// Empties what is held of the page of `1 << shift` bytes at `linear`.
     pub fn drop_page(&mut self, linear: u64, shift: u32) {
         if shift == 12 {
-            return self.drop_entry((linear >> 12) as usize % TLB_ENTRIES);
+            return self.drop_entry(self.index(linear));
         }
-        let tags = self.read.iter_mut().zip(&mut self.write).zip(&EMPTY_TLB);
-        for ((read, write), &empty) in tags {
+        let (reads, writes, _, empty) = self.used();
+        for ((read, write), &empty) in reads.iter_mut().zip(writes).zip(empty) {
             if (read.wrapping_neg() ^ linear) >> shift == 0 {
                 (*read, *write) = (empty, empty);
             }
@@ -222,7 +298,8 @@ impl SoftTlb {
 
     /// Makes stores to every page take the slow path once more.
     pub fn drop_writes(&mut self) {
-        self.write.copy_from_slice(&EMPTY_TLB);
+        let (_, write, _, empty) = self.used();
+        write.copy_from_slice(empty);
     }
 
     /// Makes stores to the page at host address `host` take the slow path once more, so that a newly watched page is
@@ -230,9 +307,10 @@ impl SoftTlb {
     pub fn drop_writes_to(&mut self, host: u64) {
         // Some entries at a time, without a branch for each: this runs whenever a page begins to hold code.
         const TOGETHER: usize = 16;
-        let tags = self.write.chunks_exact_mut(TOGETHER);
-        let rest = self.delta.chunks_exact(TOGETHER);
-        for ((tags, deltas), empty) in tags.zip(rest).zip(EMPTY_TLB.chunks_exact(TOGETHER)) {
+        let (_, tags, deltas, empty) = self.used();
+        let tags = tags.chunks_exact_mut(TOGETHER);
+        let rest = deltas.chunks_exact(TOGETHER);
+        for ((tags, deltas), empty) in tags.zip(rest).zip(empty.chunks_exact(TOGETHER)) {
             let is = |(tag, delta): (&u64, &u64)| delta.wrapping_sub(*tag) == host;
             if tags.iter().zip(deltas).fold(false, |any, of| any | is(of)) {
                 for ((tag, delta), &empty) in tags.iter_mut().zip(deltas).zip(empty) {
@@ -337,7 +415,30 @@ mod tests {
             assert_ne!(jump_index(tag.wrapping_neg()), index);
         }
         for (index, tag) in EMPTY_TLB.iter().enumerate() {
-            assert_ne!((tag.wrapping_neg() >> 12) as usize % TLB_ENTRIES, index);
+            let page = (tag.wrapping_neg() >> 12) as usize;
+            for entries in [TLB_LEAST, TLB_MOST] {
+                assert_ne!(page % entries, index % entries);
+                // What begins below the page and reaches into it.
+                assert_ne!(page.wrapping_sub(1) % entries, index % entries);
+            }
         }
+    }
+
+    #[test]
+    fn a_tlb_grows_with_its_work_and_shrinks_without() {
+        let mut cpu = crate::cpu::Cpu::boxed();
+        assert_eq!(cpu.tlb_mask, 0x3ff000);
+        for page in (0..8 * TLB_LEAST as u64).cycle().take(20 * TLB_LEAST) {
+            cpu.fill_tlb(page << 12, 7, true, false, false);
+        }
+        assert!(cpu.tlb_mask > 0x3ff000, "{:#x}", cpu.tlb_mask);
+        for tlb in &cpu.tlb {
+            assert_eq!(tlb.entries() as u64, (cpu.tlb_mask >> 12) + 1);
+        }
+        for _ in 0..4 {
+            cpu.flush_tlb(false);
+        }
+        assert_eq!(cpu.tlb_mask, 0x3ff000);
+        assert!(cpu.tlb.iter().all(|tlb| tlb.entries() == TLB_LEAST));
     }
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use strata_engine::x86::{DescriptorTable, Segment};
 
-use crate::caches::{Dropped, JUMP_ENTRIES, JumpCache, LargePages, SoftTlb, TLB_ENTRIES};
+use crate::caches::{Dropped, JUMP_ENTRIES, JumpCache, LargePages, SoftTlb, TLB_LEAST};
 
 /// Bytes of the bounce buffer an operand may take (an XSAVE area never bounces; the interpreter copies it).
 pub const BOUNCE_SIZE: usize = 256;
@@ -49,7 +49,7 @@ pub struct Cpu {
     pub pauses: u64,
     /// Scratch of emitted code.
     pub temp: [u64; 8],
-    /// Mask for `pext` that selects the TLB index (bits 12..22).
+    /// Mask for `pext` that selects the TLB index: bits from 12 on, as many as the TLBs' size asks for.
     pub tlb_mask: u64,
     /// Mask for `pext` that selects the page number (bits 12..64).
     pub page_mask: u64,
@@ -276,7 +276,7 @@ impl Cpu {
     pub fn boxed() -> Box<Context> {
         // SAFETY: all fields are integers, arrays of integers or bools, for which zero is a valid value.
         let mut cpu: Box<Context> = unsafe { Box::new_zeroed().assume_init() };
-        cpu.tlb_mask = (TLB_ENTRIES as u64 - 1) << 12;
+        cpu.resize_tlb(TLB_LEAST);
         cpu.page_mask = !0xfff;
         cpu.jump_mask = JUMP_ENTRIES as u64 - 1;
         cpu.pauses = 1;
@@ -523,9 +523,37 @@ impl Cpu {
         } else {
             self.large.forget_local();
         }
+        let entries = self.tlb.iter().map(|tlb| tlb.wanted(true)).max();
+        if let Some(entries) = entries
+            && self.tlb.iter().any(|tlb| tlb.entries() != entries)
+        {
+            self.resize_tlb(entries);
+        }
         for (tlb, jump) in self.tlb.iter_mut().zip(self.jump.iter_mut()) {
             tlb.flush(global);
             jump.flush(global);
+        }
+    }
+
+    /// Enters the page at `page` in the soft TLB, which may grow by that.
+    pub fn fill_tlb(&mut self, page: u64, delta: u64, store: bool, global: bool, user: bool) {
+        let Some(tlb) = self.tlb.get_mut(usize::from(user)) else {
+            return;
+        };
+        let entries = tlb.wanted(false);
+        if entries != tlb.entries() {
+            self.resize_tlb(entries);
+        }
+        if let Some(tlb) = self.tlb.get_mut(usize::from(user)) {
+            tlb.fill(page, delta, store, global);
+        }
+    }
+
+    /// Empties the soft TLBs, both of one size because they share the mask that selects an index.
+    fn resize_tlb(&mut self, entries: usize) {
+        for tlb in &mut self.tlb {
+            tlb.resize(entries);
+            self.tlb_mask = (tlb.entries() as u64 - 1) << 12;
         }
     }
 

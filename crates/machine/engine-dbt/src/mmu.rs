@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use strata_memory::{Gpa, SlotKind};
 
-use crate::caches::TLB_ENTRIES;
 use crate::cpu::{BOUNCE_SIZE, control, flags};
 use crate::env::{Access, Exec, Fault};
 use crate::peers::Announced;
@@ -452,28 +451,8 @@ impl Exec<'_> {
         let logged = self.env.memory.dirty_log_on();
         let store =
             to.store_ready && slot.kind() == SlotKind::Ram && !logged && !slot.is_watched(frame);
-        let index = (linear >> 12) as usize % TLB_ENTRIES;
-        let [supervisor, unprivileged] = &mut self.cpu.tlb;
-        let tlb = if user { unprivileged } else { supervisor };
-        tlb.drop_entry(index);
-        if let (Some(read), Some(write), Some(delta), Some(global)) = (
-            tlb.read.get_mut(index),
-            tlb.write.get_mut(index),
-            tlb.delta.get_mut(index),
-            tlb.global.get_mut(index / 64),
-        ) {
-            *read = page.wrapping_neg();
-            if store {
-                *write = page.wrapping_neg();
-            }
-            *delta = (host as u64).wrapping_sub(page);
-            let bit = 1u64 << (index % 64);
-            if to.global {
-                *global |= bit;
-            } else {
-                *global &= !bit;
-            }
-        }
+        let delta = (host as u64).wrapping_sub(page);
+        self.cpu.fill_tlb(page, delta, store, to.global, user);
         self.env.stats.tlb_fills += 1;
     }
 
@@ -601,7 +580,7 @@ impl Exec<'_> {
     /// Host address of `size` bytes whose page the soft TLB holds for this access: plain RAM, without a page walk.
     fn hit(&self, linear: u64, size: usize, access: Access, user: bool) -> Option<*mut u8> {
         let tlb = self.cpu.tlb.get(usize::from(user))?;
-        let index = (linear >> 12) as usize % TLB_ENTRIES;
+        let index = tlb.index(linear);
         let tags = if access == Access::Write {
             &tlb.write
         } else {
