@@ -5,6 +5,11 @@
 /// where it is emptied before it fills, because emptying it takes time for each entry.
 pub const TLB_LEAST: usize = 1024;
 const TLB_MOST: usize = 16384;
+/// Entries of a soft TLB that are emptied one by one at a flush; where more were filled, all are looked at.
+const FILLS_LISTED: usize = 256;
+/// Entries of the paging-structure cache and of each cache of code pages.
+const WALKS: usize = 32;
+const CODE_PAGES: usize = 64;
 /// Entries of each jump cache.
 pub const JUMP_ENTRIES: usize = 16384;
 /// Entries of a jump cache that are emptied one by one; where more are in use, all are.
@@ -82,6 +87,8 @@ pub struct SoftTlb {
     entries: usize,
     /// Entries filled since it was emptied last.
     filled: usize,
+    /// The first ones of them.
+    listed: [u16; FILLS_LISTED],
     /// Those among them that took the place of another.
     evicted: usize,
 }
@@ -196,6 +203,9 @@ impl SoftTlb {
             self.delta.get_mut(index),
             self.global.get_mut(index / 64),
         ) {
+            if let Some(next) = self.listed.get_mut(self.filled) {
+                *next = index as u16;
+            }
             self.filled += 1;
             self.evicted += usize::from(*read != empty && *read != tag);
             (*read, *write) = (tag, if store { tag } else { empty });
@@ -241,7 +251,18 @@ impl SoftTlb {
 
     /// Empties it; entries of global mappings stay unless `global`.
     pub fn flush(&mut self, global: bool) {
-        (self.filled, self.evicted) = (0, 0);
+        let filled = std::mem::take(&mut self.filled);
+        self.evicted = 0;
+        if !global && filled <= FILLS_LISTED {
+            for n in 0..filled {
+                let index = usize::from(self.listed.get(n).copied().unwrap_or(0));
+                let kept = self.global.get(index / 64).copied().unwrap_or(0);
+                if kept & 1 << (index % 64) == 0 {
+                    self.drop_entry(index);
+                }
+            }
+            return;
+        }
         let words = self.entries / 64;
         let all = global || self.global.iter().take(words).all(|&bits| bits == 0);
         if all {
@@ -319,6 +340,127 @@ impl SoftTlb {
                     }
                 }
             }
+        }
+    }
+}
+
+/// What page tables above the last level say of 2 MiB regions (SDM vol. 3, 4.10.3). Any flush of mappings empties it,
+/// and so does a fault, for its region.
+pub struct WalkCache {
+    entries: [Option<Walk>; WALKS],
+    used: bool,
+}
+
+/// The last level's table for a region, and what the levels above it allow.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Walk {
+    region: u64,
+    /// Guest-physical address of the table.
+    pub table: u64,
+    /// All levels allow stores.
+    pub writable: bool,
+    /// All levels allow user code.
+    pub user: bool,
+    /// Some level forbids execution.
+    pub no_exec: bool,
+}
+
+impl WalkCache {
+    /// An empty cache.
+    pub const EMPTY: WalkCache = WalkCache {
+        entries: [None; WALKS],
+        used: false,
+    };
+
+    /// What is known of the region that `linear` lies in.
+    pub fn get(&self, linear: u64) -> Option<Walk> {
+        let region = linear >> 21;
+        let walk = *self.entries.get(region as usize % WALKS)?;
+        walk.filter(|walk| walk.region == region)
+    }
+
+    /// Remembers a walk.
+    pub fn set(&mut self, linear: u64, table: u64, writable: bool, user: bool, no_exec: bool) {
+        let region = linear >> 21;
+        if let Some(entry) = self.entries.get_mut(region as usize % WALKS) {
+            *entry = Some(Walk {
+                region,
+                table,
+                writable,
+                user,
+                no_exec,
+            });
+            self.used = true;
+        }
+    }
+
+    /// Forgets the region that `linear` lies in.
+    pub fn forget(&mut self, linear: u64) {
+        if let Some(entry) = self.entries.get_mut((linear >> 21) as usize % WALKS) {
+            *entry = None;
+        }
+    }
+
+    /// Forgets all.
+    pub fn clear(&mut self) {
+        if std::mem::take(&mut self.used) {
+            self.entries = [None; WALKS];
+        }
+    }
+}
+
+/// Where the pages are that code of one privilege was fetched from: what the soft TLB is for data.
+pub struct CodePages {
+    entries: [Option<CodePage>; CODE_PAGES],
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct CodePage {
+    linear: u64,
+    frame: u64,
+    global: bool,
+}
+
+impl CodePages {
+    /// None yet.
+    pub const NONE: CodePages = CodePages {
+        entries: [None; CODE_PAGES],
+    };
+
+    /// Guest-physical address of code at `linear`, and whether that mapping is global.
+    pub fn get(&self, linear: u64) -> Option<(u64, bool)> {
+        let entry = *self.entries.get((linear >> 12) as usize % CODE_PAGES)?;
+        let page = entry.filter(|page| page.linear == linear >> 12)?;
+        Some((page.frame << 12 | linear & 0xfff, page.global))
+    }
+
+    /// Remembers where code at `linear` is.
+    pub fn set(&mut self, linear: u64, gpa: u64, global: bool) {
+        if let Some(entry) = self.entries.get_mut((linear >> 12) as usize % CODE_PAGES) {
+            *entry = Some(CodePage {
+                linear: linear >> 12,
+                frame: gpa >> 12,
+                global,
+            });
+        }
+    }
+
+    /// Forgets all; pages that are mapped globally stay unless `global`.
+    pub fn flush(&mut self, global: bool) {
+        for entry in &mut self.entries {
+            if entry.is_some_and(|page| global || !page.global) {
+                *entry = None;
+            }
+        }
+    }
+
+    /// Forgets the page of `1 << shift` bytes at `linear`.
+    pub fn drop_page(&mut self, linear: u64, shift: u32) {
+        if shift > 12 {
+            return self.flush(true);
+        }
+        if let Some(entry) = self.entries.get_mut((linear >> 12) as usize % CODE_PAGES) {
+            *entry = None;
         }
     }
 }

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use strata_engine::x86::{DescriptorTable, Segment};
 
-use crate::caches::{Dropped, JUMP_ENTRIES, JumpCache, LargePages, SoftTlb, TLB_LEAST};
+use crate::caches::{
+    CodePages, Dropped, JUMP_ENTRIES, JumpCache, LargePages, SoftTlb, TLB_LEAST, WalkCache,
+};
 
 /// Bytes of the bounce buffer an operand may take (an XSAVE area never bounces; the interpreter copies it).
 pub const BOUNCE_SIZE: usize = 256;
@@ -94,6 +96,12 @@ pub struct Cpu {
     pub large: LargePages,
     /// What they dropped.
     pub dropped: Dropped,
+    /// What walks went through.
+    pub walks: WalkCache,
+    /// Where code is, by [`Privilege`].
+    pub code_pages: [CodePages; 2],
+    /// Walks and fetches remember; they do not in the reference configuration.
+    pub remembers: bool,
 
     /// ES, CS, SS, DS, FS, GS. Change bases only through [`Cpu::set_segment`].
     pub segments: [Segment; 6],
@@ -280,6 +288,8 @@ impl Cpu {
         cpu.page_mask = !0xfff;
         cpu.jump_mask = JUMP_ENTRIES as u64 - 1;
         cpu.pauses = 1;
+        cpu.walks = WalkCache::EMPTY;
+        cpu.code_pages = [CodePages::NONE; 2];
         cpu.reset();
         cpu
     }
@@ -523,6 +533,7 @@ impl Cpu {
         } else {
             self.large.forget_local();
         }
+        self.walks.clear();
         let entries = self.tlb.iter().map(|tlb| tlb.wanted(true)).max();
         if let Some(entries) = entries
             && self.tlb.iter().any(|tlb| tlb.entries() != entries)
@@ -532,6 +543,9 @@ impl Cpu {
         for (tlb, jump) in self.tlb.iter_mut().zip(self.jump.iter_mut()) {
             tlb.flush(global);
             jump.flush(global);
+        }
+        for pages in &mut self.code_pages {
+            pages.flush(global);
         }
     }
 
@@ -561,9 +575,13 @@ impl Cpu {
     pub fn flush_page(&mut self, linear: u64) {
         let shift = self.large.shift(linear);
         self.dropped.page(linear, shift);
+        self.walks.clear();
         for (tlb, jump) in self.tlb.iter_mut().zip(self.jump.iter_mut()) {
             tlb.drop_page(linear, shift);
             jump.drop_page(linear, shift);
+        }
+        for pages in &mut self.code_pages {
+            pages.drop_page(linear, shift);
         }
     }
 }

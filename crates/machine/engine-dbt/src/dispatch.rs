@@ -95,6 +95,7 @@ impl Translated {
         signals::install()?;
         env.me.attach(&mut cpu.request);
         cpu.wait_for_sipi = env.apic.id() != 0;
+        cpu.remembers = !options.reference;
         let features = FeatureSet::of(&env.model);
         let frame = Box::new(FaultFrame {
             range: code.range(),

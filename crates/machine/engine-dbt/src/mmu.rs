@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use strata_memory::{Gpa, SlotKind};
 
+use crate::caches::Walk;
 use crate::cpu::{BOUNCE_SIZE, control, flags};
 use crate::env::{Access, Exec, Fault};
 use crate::peers::Announced;
@@ -257,10 +258,34 @@ impl Exec<'_> {
         let long = self.cpu.long_mode();
         let top = if long { 4 } else { 3 };
         loop {
-            if let Some(done) = self.walk_64(linear, access, user, top)? {
-                return Ok(done);
+            let known = self.cpu.walks.get(linear);
+            match self.walk_64(linear, access, user, top, known) {
+                Ok(Some(done)) => return Ok(done),
+                Ok(None) => {}
+                // A fault drops what was remembered; without that there may be none.
+                Err(_) if known.is_some() => self.cpu.walks.forget(linear),
+                Err(fault) => return Err(fault),
             }
         }
+    }
+
+    /// [`Exec::translate`] for the first byte of code, which remembers the page.
+    pub fn translate_fetch(&mut self, linear: u64, user: bool) -> Result<Translation, Fault> {
+        let pages = self.cpu.code_pages.get(usize::from(user));
+        if let Some((gpa, global)) = pages.and_then(|pages| pages.get(linear)) {
+            return Ok(Translation {
+                gpa,
+                store_ready: false,
+                global,
+            });
+        }
+        let to = self.translate(linear, Access::Fetch, user)?;
+        if self.cpu.remembers
+            && let Some(pages) = self.cpu.code_pages.get_mut(usize::from(user))
+        {
+            pages.set(linear, to.gpa, to.global);
+        }
+        Ok(to)
     }
 
     fn page_fault(&self, linear: u64, access: Access, user: bool, extra: u32) -> Fault {
@@ -278,13 +303,15 @@ impl Exec<'_> {
         Fault::page(linear, code)
     }
 
-    /// One walk over 8-byte entries. `None`: an entry changed under us, walk again.
+    /// One walk over 8-byte entries, or its last step if the others are `known`. `None`: an entry changed under us, walk
+    /// again.
     fn walk_64(
         &mut self,
         linear: u64,
         access: Access,
         user: bool,
         top: u32,
+        known: Option<Walk>,
     ) -> Result<Option<Translation>, Fault> {
         let nxe = self.cpu.efer & control::EFER_NXE != 0;
         let address_bits = (1u64 << self.env.model.address_bits()) - 1;
@@ -297,6 +324,11 @@ impl Exec<'_> {
         };
         let (mut writable, mut user_ok, mut no_exec) = (true, true, false);
         let mut level = top;
+        if let Some(walk) = known {
+            table = walk.table;
+            (writable, user_ok, no_exec) = (walk.writable, walk.user, walk.no_exec);
+            level = 1;
+        }
         loop {
             let index =
                 (linear >> (12 + 9 * (level - 1))) & if level == 3 && top == 3 { 3 } else { 511 };
@@ -333,6 +365,10 @@ impl Exec<'_> {
                 }
                 table = entry & frame_mask;
                 level -= 1;
+                if level == 1 && self.cpu.remembers {
+                    let walks = &mut self.cpu.walks;
+                    walks.set(linear, table, writable, user_ok, no_exec);
+                }
                 continue;
             }
             let store_allowed = self.check(linear, access, user, writable, user_ok, no_exec)?;

@@ -32,7 +32,7 @@ impl Translated {
             return Ok(Err(Fault::protection(0)));
         }
         let (linear, user) = (mode.linear(rip, cs_base), mode.user());
-        let (gpa, global) = match self.exec(bus).translate(linear, Access::Fetch, user) {
+        let (gpa, global) = match self.exec(bus).translate_fetch(linear, user) {
             Ok(to) => (to.gpa, to.global),
             Err(fault) => return Ok(Err(fault)),
         };
@@ -48,7 +48,7 @@ impl Translated {
                 return Ok(Ok((id, key, global)));
             };
             let next = (linear & !0xfff).wrapping_add(4096);
-            match self.exec(bus).translate(next, Access::Fetch, user) {
+            match self.exec(bus).translate_fetch(next, user) {
                 Ok(to) if to.gpa >> 12 == expected => return Ok(Ok((id, key, global))),
                 Ok(_) => {
                     let stats = &mut self.env.stats;
@@ -118,7 +118,7 @@ impl Translated {
             Ok(done) => done,
             Err(_) => {
                 let next = (linear & !0xfff).wrapping_add(4096);
-                let gpa = match self.exec(bus).translate(next, Access::Fetch, user) {
+                let gpa = match self.exec(bus).translate_fetch(next, user) {
                     Ok(to) => to.gpa,
                     Err(fault) => return Ok(Err(fault)),
                 };
@@ -247,7 +247,8 @@ impl Translated {
             return Ok(None);
         }
         let generation = self.generation;
-        let (id, key, global) = match self.find(Mode(link.target.mode), bus)? {
+        let mode = Mode(link.target.mode);
+        let (id, key, global) = match self.find(mode, bus)? {
             Err(fault) => return Ok(self.raise(bus, fault)),
             Ok(found) => found,
         };
@@ -269,6 +270,7 @@ impl Translated {
         } else if global {
             self.code.connect_far(number, id, key.linear() >> 12);
         } else {
+            self.remember(mode, id, key, global);
             return Ok(None);
         }
         self.inspect_link(&link, id)?;

@@ -159,6 +159,12 @@ impl Exec<'_> {
         let (mut left, mut right) = (accumulator, accumulator);
         let mut done = 0;
         let mut stop = false;
+        if op.size == 1 && !op.down && count > 0 {
+            // All but the last byte by words; the last one says how it ends.
+            // SAFETY: as below.
+            done =
+                unsafe { quiet_bytes(op.repeat, from.map(|from| from.at), left, to.at, count - 1) };
+        }
         while done < count && !stop {
             let step = element_offset(done as usize, op.size, op.down);
             // SAFETY: both windows hold `count` elements in the direction of `op.down`.
@@ -176,6 +182,44 @@ impl Exec<'_> {
         }
         Run { done, stop }
     }
+}
+
+/// How many of `count` bytes at the least do not end a repetition: those at `to` compared with those at `from`, or with
+/// the byte `value`, eight at a time.
+///
+/// # Safety
+/// `count` bytes are mapped at both.
+unsafe fn quiet_bytes(
+    repeat: Repeat,
+    from: Option<*mut u8>,
+    value: u64,
+    to: *mut u8,
+    count: u64,
+) -> u64 {
+    const ONES: u64 = u64::MAX / 0xff;
+    let Repeat::While(equal) = repeat else {
+        return 0;
+    };
+    let word = |at: *mut u8, offset: u64| {
+        // SAFETY: the caller's promise; the guest may write meanwhile, so volatile.
+        u64::from_le_bytes(unsafe { at.add(offset as usize).cast::<[u8; 8]>().read_volatile() })
+    };
+    let mut done = 0;
+    while done + 8 <= count {
+        let left = from.map_or((value & 0xff) * ONES, |from| word(from, done));
+        let differ = left ^ word(to, done);
+        let end = if equal {
+            differ.trailing_zeros()
+        } else {
+            // The lowest byte without a difference: exact for that one.
+            (differ.wrapping_sub(ONES) & !differ & (ONES << 7)).trailing_zeros()
+        };
+        done += u64::from(end / 8);
+        if end < 64 {
+            break;
+        }
+    }
+    done
 }
 
 /// Bytes from the first element to element `index`.
