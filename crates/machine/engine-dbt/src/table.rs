@@ -4,6 +4,8 @@
 //! instruction is run as itself only if its features are in the CPU model, it is not sensitive in the sense of Popek
 //! and Goldberg, and it touches nothing but general, x87/MMX and vector registers, flags and one memory operand.
 
+use std::sync::LazyLock;
+
 use iced_x86::{
     Code, CpuidFeature, Instruction, InstructionInfoFactory, InstructionInfoOptions, MemorySize,
     Mnemonic, OpAccess, OpCodeOperandKind, OpKind, Register,
@@ -130,6 +132,8 @@ pub struct RegisterUse {
 #[derive(Clone, Debug)]
 pub struct FeatureSet {
     present: Vec<bool>,
+    /// By code: all its features are present.
+    allowed: Vec<bool>,
 }
 
 impl FeatureSet {
@@ -138,6 +142,7 @@ impl FeatureSet {
         use CpuidFeature as F;
         let mut set = FeatureSet {
             present: vec![false; 256],
+            allowed: Vec::new(),
         };
         let leaf1 = model.leaf(1, 0);
         let leaf7 = model.leaf(7, 0);
@@ -234,6 +239,7 @@ impl FeatureSet {
                 set.add(feature, word & (1 << bit) != 0);
             }
         }
+        set.allowed = Code::values().map(|code| set.has_all(code)).collect();
         set
     }
 
@@ -243,11 +249,15 @@ impl FeatureSet {
         }
     }
 
-    /// True if the model has all features of `code`.
-    pub fn allows(&self, code: Code) -> bool {
+    fn has_all(&self, code: Code) -> bool {
         code.cpuid_features()
             .iter()
             .all(|&f| self.present.get(f as usize).copied().unwrap_or(false))
+    }
+
+    /// True if the model has all features of `code`.
+    pub fn allows(&self, code: Code) -> bool {
+        self.allowed.get(code as usize).copied().unwrap_or(false)
     }
 }
 
@@ -418,50 +428,99 @@ fn is_vex(instr: &Instruction) -> bool {
     instr.code().encoding() == iced_x86::EncodingKind::VEX
 }
 
+/// What is true of all instructions of a code, worked out once.
+struct Traits {
+    vector: bool,
+    x87: bool,
+    plain: bool,
+}
+
+static TRAITS: LazyLock<Vec<Traits>> = LazyLock::new(|| Code::values().map(Traits::of).collect());
+
+impl Traits {
+    fn of(code: Code) -> Traits {
+        use CpuidFeature as F;
+        let features = code.cpuid_features();
+        let state = |f: &CpuidFeature| {
+            matches!(
+                f,
+                F::FPU
+                    | F::FPU287
+                    | F::FPU387
+                    | F::MMX
+                    | F::SSE
+                    | F::SSE2
+                    | F::SSE3
+                    | F::SSSE3
+                    | F::SSE4_1
+                    | F::SSE4_2
+                    | F::SSE4A
+                    | F::AVX
+                    | F::AVX2
+                    | F::FMA
+                    | F::F16C
+                    | F::AES
+                    | F::PCLMULQDQ
+                    | F::SHA
+                    | F::VAES
+                    | F::VPCLMULQDQ
+                    | F::GFNI
+            )
+        };
+        let general = |f: &CpuidFeature| {
+            matches!(
+                f,
+                F::INTEL8086
+                    | F::INTEL186
+                    | F::INTEL286
+                    | F::INTEL386
+                    | F::INTEL486
+                    | F::X64
+                    | F::CMOV
+                    | F::CX8
+                    | F::CMPXCHG16B
+                    | F::BMI1
+                    | F::BMI2
+                    | F::MOVBE
+                    | F::POPCNT
+                    | F::LZCNT
+                    | F::ADX
+                    | F::SSE
+                    | F::SSE2
+                    | F::SSE4_2
+            )
+        };
+        let exempt = matches!(
+            code.mnemonic(),
+            Mnemonic::Sfence
+                | Mnemonic::Lfence
+                | Mnemonic::Mfence
+                | Mnemonic::Movnti
+                | Mnemonic::Crc32
+        );
+        let vector = features.iter().any(state) && !exempt;
+        Traits {
+            vector,
+            x87: features
+                .iter()
+                .any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX)),
+            plain: vector || features.iter().all(general),
+        }
+    }
+}
+
+fn traits(instr: &Instruction) -> Option<&'static Traits> {
+    TRAITS.get(instr.code() as usize)
+}
+
 /// True if the instruction works on x87, MMX or vector state.
 pub fn uses_vector(instr: &Instruction) -> bool {
-    use CpuidFeature as F;
-    let general = |f: &CpuidFeature| {
-        matches!(
-            f,
-            F::FPU
-                | F::FPU287
-                | F::FPU387
-                | F::MMX
-                | F::SSE
-                | F::SSE2
-                | F::SSE3
-                | F::SSSE3
-                | F::SSE4_1
-                | F::SSE4_2
-                | F::SSE4A
-                | F::AVX
-                | F::AVX2
-                | F::FMA
-                | F::F16C
-                | F::AES
-                | F::PCLMULQDQ
-                | F::SHA
-                | F::VAES
-                | F::VPCLMULQDQ
-                | F::GFNI
-        )
-    };
-    let exempt = matches!(
-        instr.mnemonic(),
-        Mnemonic::Sfence | Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Movnti | Mnemonic::Crc32
-    );
-    instr.code().cpuid_features().iter().any(general) && !exempt
+    traits(instr).is_some_and(|traits| traits.vector)
 }
 
 /// True for x87 and MMX, which need no CR4.OSFXSR.
 fn uses_x87(instr: &Instruction) -> bool {
-    use CpuidFeature as F;
-    instr
-        .code()
-        .cpuid_features()
-        .iter()
-        .any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX))
+    traits(instr).is_some_and(|traits| traits.x87)
 }
 
 /// Sensitive or unusual instructions that the interpreter runs, among those whose features are present.
@@ -501,31 +560,7 @@ fn interpreted(instr: &Instruction) -> bool {
     if segment_or_system {
         return true;
     }
-    let plain_features = code.cpuid_features().iter().all(|&f| {
-        use CpuidFeature as F;
-        uses_vector(instr)
-            || matches!(
-                f,
-                F::INTEL8086
-                    | F::INTEL186
-                    | F::INTEL286
-                    | F::INTEL386
-                    | F::INTEL486
-                    | F::X64
-                    | F::CMOV
-                    | F::CX8
-                    | F::CMPXCHG16B
-                    | F::BMI1
-                    | F::BMI2
-                    | F::MOVBE
-                    | F::POPCNT
-                    | F::LZCNT
-                    | F::ADX
-                    | F::SSE
-                    | F::SSE2
-                    | F::SSE4_2
-            )
-    });
+    let plain_features = traits(instr).is_some_and(|traits| traits.plain);
     if !plain_features {
         return true;
     }

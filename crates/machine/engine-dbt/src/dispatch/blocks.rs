@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::*;
 use crate::translate::{NeedsNextPage, Translated as Block};
 
-/// Guest bytes fetched for a block: more than its most instructions can have.
-pub(super) const WINDOW: usize = 1024;
+/// Guest bytes fetched for a block: what nearly all blocks of the most instructions have at most; others end there.
+pub(super) const WINDOW: usize = 384;
 /// How often a block is begun anew whose bytes others change while it is translated, before it is taken as it is.
 const TRIES: usize = 100;
 
