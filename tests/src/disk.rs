@@ -12,7 +12,7 @@ use strata_disk::{Access, RawFile};
 use crate::{Session, Strata, shared};
 
 /// How long the process of a killed machine may take to see that it is alone.
-const LINGERS: Duration = Duration::from_secs(10);
+const LINGERS: Duration = Duration::from_secs(60);
 
 /// A copy of an image's root disk, and what boots it.
 pub struct RootDisk {
@@ -65,7 +65,7 @@ impl RootDisk {
         Strata::new().args([
             "run",
             "--memory",
-            "1G",
+            "2G",
             "--cpus",
             &cpus.to_string(),
             "--kernel",
@@ -86,10 +86,15 @@ impl RootDisk {
     /// Runs [`RootDisk::WRITING`] and kills the machine in it.
     #[track_caller]
     pub fn kill(&self, cpus: u32) {
+        self.wait();
         let mut session = Session::start(&self.machine(cpus, RootDisk::WRITING));
         session.expect("round").expect("round").signal("KILL");
         drop(session);
-        // The machine has a process of its own, which ends when it sees the other one gone.
+        self.wait();
+    }
+
+    /// Waits until no machine has it: each has a process of its own, which ends when it sees the one in front gone.
+    fn wait(&self) {
         let free = || RawFile::open(&self.disk, Access::ReadOnly).is_ok();
         let step = Duration::from_millis(100);
         let mut waited = Duration::ZERO;
@@ -101,6 +106,7 @@ impl RootDisk {
 
     /// What is wrong with the file system, `None` if it is clean and whole.
     pub fn problem(&self) -> Option<String> {
+        self.wait();
         let output = Command::new("e2fsck")
             .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
             .args(["-f", "-n"])
