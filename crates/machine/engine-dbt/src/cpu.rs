@@ -78,7 +78,8 @@ pub struct Cpu {
     /// By [`Privilege`], not 0 if 64-bit code of CPL 0 or 3 may be entered through the jump cache, neither stepped nor
     /// with alignment checks.
     pub fast: [u64; 2],
-    /// Not 0 if IRET need not be followed by a look at what other vCPUs want.
+    /// Where the number of stores is that others are making to code that this vCPU may have, or 0 if IRET, which
+    /// serializes, must look at more than that.
     pub fast_iret: u64,
     /// Address of the [`crate::tsc::TscLine`] that RDTSC reads, or 0.
     pub tsc_line: u64,

@@ -495,7 +495,11 @@ impl Translated {
         let [kernel, user] = self.cached_mode;
         let fast = |cached, user| u64::from(usual && cached == (Mode::usual(cpu, user), 0));
         cpu.fast = [fast(kernel, false), fast(user, true)];
-        cpu.fast_iret = u64::from(!self.env.peers.several());
+        cpu.fast_iret = if self.provisional.is_empty() {
+            self.env.me.unsettled().addr() as u64
+        } else {
+            0
+        };
         cpu.traced = u64::from(self.tracer.is_some());
         let ticks = matches!(self.env.inputs, Inputs::Live) && cpu.cr4 & control::CR4_TSD == 0;
         cpu.tsc_line = if ticks {

@@ -212,6 +212,11 @@ impl VcpuShared {
         self.unsettled.fetch_sub(1, Ordering::SeqCst);
     }
 
+    /// Where the number of stores to this vCPU's code is that others are in the middle of.
+    pub fn unsettled(&self) -> *const AtomicU32 {
+        &raw const self.unsettled
+    }
+
     /// Waits until nobody is in the middle of a store to this vCPU's code.
     pub fn settle(&self) {
         while self.unsettled.load(Ordering::SeqCst) != 0 {

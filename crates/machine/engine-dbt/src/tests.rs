@@ -1,6 +1,7 @@
 //! Small programs through the whole engine: translated and interpreted code, page tables, exits.
 
 mod debugger;
+mod kernel;
 mod modes;
 mod smp;
 

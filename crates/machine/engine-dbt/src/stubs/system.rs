@@ -499,6 +499,8 @@ global_asm!(
         mov rcx, [rsp + {fast_iret}]
         test rcx, rcx
         jz 83b
+        cmp dword ptr [rcx], 0
+        jne 83b
         test dword ptr [rsp + {system_flags}], {nt}
         jnz 83b
         cmp byte ptr [rsp + {nmi_blocked}], 0
