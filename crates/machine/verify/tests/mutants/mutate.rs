@@ -508,7 +508,13 @@ pub fn operand_rules(parts: &mut Parts<'_>, n: usize, size: u64, write: bool, sl
     } else {
         parts.change("another index", n, |i| i.set_memory_index(Register::R11));
     }
-    for beyond in [size, 0u64.wrapping_sub(1), 0x1000, 1] {
+    // What was checked may be more than this operand: that of a group.
+    let (at, own) = (
+        instr.memory_displacement64(),
+        instr.memory_size().size() as u64,
+    );
+    let (below, above) = (0u64.wrapping_sub(at + 1), size - at - own + 1);
+    for beyond in [size, below, 0x1000, above] {
         parts.displace("beside the operand", n, beyond);
     }
     parts.change("another segment", n, |i| i.set_segment_prefix(Register::FS));
@@ -527,7 +533,9 @@ pub fn operand_rules(parts: &mut Parts<'_>, n: usize, size: u64, write: bool, sl
         Code::Add_rm32_imm8 => Some(Code::Add_rm64_imm8),
         _ => None,
     };
-    if let Some(code) = wider {
+    if let Some(code) = wider
+        && at + 8 > size
+    {
         let widen = |i: &mut Instruction| {
             i.set_code(code);
             for op in 0..i.op_count() {
@@ -543,7 +551,9 @@ pub fn operand_rules(parts: &mut Parts<'_>, n: usize, size: u64, write: bool, sl
         Code::Mov_rm64_r64 => Some(Code::VEX_Vmovdqu_ymmm256_ymm),
         _ => None,
     };
-    if let Some(code) = vector {
+    if let Some(code) = vector
+        && at + 32 > size
+    {
         let widen = |i: &mut Instruction| {
             i.set_code(code);
             let op = u32::from(i.op0_kind() == OpKind::Memory);
