@@ -22,12 +22,14 @@ const QUESTIONS: &str = r#"
     ls /etc/ssh/ssh_host_* 2>/dev/null
     ssh-keygen -q -t ed25519 -N '' -f /root/key && mkdir -p -m 700 /root/.ssh && cp /root/key.pub /root/.ssh/authorized_keys
     ssh -n -q -i /root/key -o StrictHostKeyChecking=no -o BatchMode=yes root@127.0.0.1 'echo by ssh as $(id -un)'
+    ip route | grep -c ^default
+    resolvectl dns | grep -c " $(ip route show default | cut -d ' ' -f 3)"
     tail /dev/zero 2>/dev/null; echo "out of memory: $?"
     cat
     exit 7
 "#;
 
-const ANSWERS: &str = "running\next4\ninstall ok installed\n42\ndebian 12\nhashed\nroot L\nby ssh as root\nout of memory: 137\ntyped\n";
+const ANSWERS: &str = "running\next4\ninstall ok installed\n42\ndebian 12\nhashed\nroot L\nby ssh as root\n1\n1\nout of memory: 137\ntyped\n";
 
 #[test]
 fn debian_is_a_whole_system() {

@@ -60,9 +60,11 @@ fn a_published_port_leads_to_the_guest() {
     }
     let port = free_port();
     let publish = format!("127.0.0.1:{port}:80");
+    let name = format!("published-{port}");
     let script = "mkdir /w; echo from the guest > /w/index.html; \
         dd if=/dev/urandom of=/w/blob bs=1M count=4 2>/dev/null; sha256sum < /w/blob; httpd -f -p 80 -h /w";
-    let command = ["run", "tiny", "-p", &publish, "--", "sh", "-c", script];
+    let options = ["run", "tiny", "--name", &name, "-p", &publish];
+    let command = options.into_iter().chain(["--", "sh", "-c", script]);
     let mut session = Session::start(&Strata::new().args(command));
     session.expect("  -\n");
     let digest = session
@@ -91,6 +93,9 @@ fn a_published_port_leads_to_the_guest() {
     };
     assert_eq!(page, b"from the guest\n");
     assert_eq!(sha256(&get("/blob")), digest);
+    let ports = Strata::new().args(["ports", &name]).run().expect(0).text();
+    assert!(ports.starts_with(&format!("127.0.0.1:{port}")), "{ports}");
+    assert!(ports.ends_with("80/tcp\n"), "{ports}");
     // Several at once.
     let threads: Vec<_> = (0..8)
         .map(|_| thread::spawn(move || connect(port).write_all(b"GET / HTTP/1.0\r\n\r\n")))

@@ -5,6 +5,7 @@
 
 pub mod initrd;
 mod machine;
+mod network;
 mod report;
 
 use std::fs;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Args, Subcommand};
 
 use crate::{guest, setup, shell};
 use machine::{Guest, Kind, Outcome};
@@ -22,6 +23,8 @@ use report::{Class, Report};
 /// Options of `cargo xtask bench`.
 #[derive(Args)]
 pub struct BenchArguments {
+    #[command(subcommand)]
+    what: Option<What>,
     /// How often everything runs; the best turn counts.
     #[arg(long, default_value_t = 3)]
     turns: usize,
@@ -51,8 +54,18 @@ pub struct BenchArguments {
     patience: u64,
 }
 
+/// Other benchmarks.
+#[derive(Subcommand)]
+enum What {
+    /// TCP between guest and host, under Strata and under QEMU TCG with `-netdev user`, in turns
+    Network(network::NetworkArguments),
+}
+
 /// Runs the benchmark, prints the table and writes `target/bench/results.json`.
 pub fn run(arguments: &BenchArguments) -> Result<ExitCode> {
+    if let Some(What::Network(arguments)) = &arguments.what {
+        return network::run(arguments);
+    }
     let uses = |kind: Kind| arguments.machines.contains(&kind);
     if uses(Kind::Tcg) {
         setup::ensure(setup::BENCH_TOOLS)?;

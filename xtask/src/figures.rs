@@ -108,6 +108,8 @@ fn timed_run(strata: &Path, options: &[&str]) -> Result<Value> {
     command
         .args([
             "run",
+            "--net",
+            "none",
             "--engine",
             "translate",
             "tiny",
@@ -148,6 +150,8 @@ fn memory(strata: &Path) -> Result<u64> {
     command
         .args([
             "run",
+            "--net",
+            "none",
             // Nobody may look into a jailed process.
             "--no-jail",
             "--engine",

@@ -31,6 +31,8 @@ pub enum Command {
     Info(InfoArgs),
     /// Say what running machines have done
     Stats(StatsArgs),
+    /// Say which ports of this host lead to a machine
+    Ports(PortsArgs),
     /// Print a completion script
     Completions {
         /// For this shell
@@ -218,6 +220,16 @@ pub struct StatsArgs {
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", requires = "name", value_parser = seconds)]
     pub watch: Option<f64>,
     /// As JSON; with --watch an object in each line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `ports`.
+#[derive(Debug, Args)]
+pub struct PortsArgs {
+    /// The machine
+    pub name: MachineName,
+    /// As JSON
     #[arg(long)]
     pub json: bool,
 }

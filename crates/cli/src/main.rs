@@ -8,6 +8,7 @@ mod exit;
 mod image;
 mod info;
 mod output;
+mod ports;
 mod process;
 mod run;
 mod stats;
@@ -61,6 +62,7 @@ fn dispatch(started: Instant) -> Result<u8, Failure> {
         Command::Image(command) => image::run(&command).map(|()| 0),
         Command::Info(args) => info::run(&args).map(|()| 0),
         Command::Stats(args) => stats::run(&args).map(|()| 0),
+        Command::Ports(args) => ports::run(&args).map(|()| 0),
         Command::Completions { shell } => completions::run(shell).map(|()| 0),
     }
 }

@@ -13,6 +13,8 @@ use crate::system;
 
 /// The script that the client runs with what it was told.
 const SCRIPT: &str = "/etc/strata/dhcp";
+/// Where resolvers are named; in some systems a link to what a service makes.
+const RESOLVERS: &str = "/etc/resolv.conf";
 /// Where the kernel lists its interfaces.
 const INTERFACES: &str = "/sys/class/net";
 /// How a virtio device says that it is a network card (virtio 1.2, section 5).
@@ -43,9 +45,10 @@ pub fn start() -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until there is a way out, if there is a card and the machine has just begun.
+/// Waits until there is a way out and somebody to ask for names, if there is a card and the machine has just begun.
 pub fn wait() {
-    while has_card() && !has_route() && uptime().is_some_and(|seconds| seconds < PATIENCE) {
+    let is_ready = || has_route() && Path::new(RESOLVERS).exists();
+    while has_card() && !is_ready() && uptime().is_some_and(|seconds| seconds < PATIENCE) {
         thread::sleep(Duration::from_millis(5));
     }
 }

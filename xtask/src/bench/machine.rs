@@ -147,7 +147,7 @@ impl Guest {
             Kind::Strata => {
                 let mut command = shell::command(&self.strata);
                 command.args(["run", "--engine", &self.engine, "--memory", "512M"]);
-                command.args(["--on-reboot", "exit", "--append", &append]);
+                command.args(["--net", "none", "--on-reboot", "exit", "--append", &append]);
                 command
                     .arg("--kernel")
                     .arg(&self.kernel)

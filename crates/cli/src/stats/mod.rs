@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 use strata_engine::VcpuStats;
 use strata_vmm::control::{Client, ClientError, Request};
-use strata_vmm::{MachineName, MachineStats, RunDir, RunDirError};
+use strata_vmm::{MachineName, MachineStats, NetworkStats, RunDir, RunDirError};
 
 use crate::args::StatsArgs;
 use crate::exit::{ExitCode, Failure};
@@ -51,7 +51,8 @@ pub fn run(args: &StatsArgs) -> Result<(), Failure> {
     output::print(&texts.join("\n"))
 }
 
-fn connect(name: &MachineName) -> Result<Client, ClientError> {
+/// The way to a machine that runs.
+pub fn connect(name: &MachineName) -> Result<Client, ClientError> {
     Client::connect(&RunDir::control_socket(&RunDir::root().join(name.as_str())))
 }
 
@@ -83,7 +84,8 @@ pub fn run_dir_failure(error: &RunDirError) -> Failure {
     Failure::from_error(code, error)
 }
 
-fn client_failure(error: &ClientError) -> Failure {
+/// The status for a machine that does not answer.
+pub fn client_failure(error: &ClientError) -> Failure {
     let code = match error {
         ClientError::Connect { .. } => ExitCode::NoInput,
         ClientError::Broken(_) => ExitCode::Io,
@@ -106,7 +108,37 @@ fn text(machine: &Named) -> String {
         text.push_str(&format!("CPU {cpu}\n"));
         text.push_str(&output::table(&rows(counters)));
     }
+    if let Some(network) = &stats.network {
+        text.push_str("network\n");
+        text.push_str(&output::table(&network_rows(network)));
+    }
     text
+}
+
+fn network_rows(network: &NetworkStats) -> Vec<Vec<String>> {
+    let card = &network.card;
+    let rows = [
+        ("frames from the guest", card.frames_from_guest),
+        ("bytes from the guest", card.bytes_from_guest),
+        ("frames to the guest", card.frames_to_guest),
+        ("bytes to the guest", card.bytes_to_guest),
+        ("flows now", network.flows),
+        ("connections begun by the guest", network.tcp_out),
+        ("connections to published ports", network.tcp_in),
+        ("connections reset", network.tcp_reset),
+        ("UDP flows and pings", network.datagram_flows),
+        ("flows refused: too many", network.refused_full),
+        ("sockets refused by the host", network.refused_host),
+        ("malformed frames of the guest", card.malformed_from_guest),
+        ("packets not routed", network.dropped_out),
+        ("frames the guest did not want", card.filtered_to_guest),
+        (
+            "frames dropped otherwise",
+            card.misfit_to_guest + network.dropped_switch,
+        ),
+    ];
+    rows.map(|(name, value)| vec![format!("  {name}"), value.to_string()])
+        .into()
 }
 
 /// The counters under the names of the modules whose work they are: dispatcher, allocator (all that a guest gets:

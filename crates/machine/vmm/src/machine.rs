@@ -21,7 +21,7 @@ use strata_memory::{GuestMemory, Layout};
 
 use crate::bus::EngineInterrupts;
 use crate::chassis::Chassis;
-use crate::config::CPUS_MAX;
+use crate::config::{CPUS_MAX, NetworkConfig};
 use crate::console::ConsoleInput;
 use crate::control::{self, ControlRequest, ErrorKind, Failure, Greeting, Request, Status};
 use crate::engines::{AnyEngine, EngineOptions, EngineParts};
@@ -374,6 +374,10 @@ impl Machine {
             memory: self.config.memory,
             uptime_ms: self.clock.now_ns() / 1_000_000,
             reboots: self.reboots,
+            ports: match &self.config.network {
+                NetworkConfig::User(user) => user.publish.clone(),
+                NetworkConfig::None => Vec::new(),
+            },
         }
     }
 

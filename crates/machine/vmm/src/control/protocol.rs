@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::config::Publish;
 use crate::{ByteSize, InstanceState, MachineName};
 
 /// The protocol's name in the greeting.
@@ -80,6 +81,9 @@ pub struct Status {
     pub uptime_ms: u64,
     /// How often the guest restarted the machine.
     pub reboots: u64,
+    /// Ports of the host that lead to the guest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Publish>,
 }
 
 /// Why a request was not done.

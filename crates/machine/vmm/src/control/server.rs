@@ -129,6 +129,7 @@ mod tests {
             memory: ByteSize::mebibytes(512),
             uptime_ms: 1500,
             reboots: 0,
+            ports: Vec::new(),
         }
     }
 
