@@ -199,7 +199,7 @@ fn ports_that_cannot_be_published_are_refused_in_a_sentence() {
     refused(&["-p", "80"]).expect_error(64, &["[ADDRESS:]HOSTPORT:GUESTPORT"]);
     refused(&["-p", "1:2", "-p", "1:3"]).expect_error(64, &["published twice"]);
     refused(&["--net", "none", "-p", "1:2"]).expect_error(64, &["has no ports to publish"]);
-    refused(&["--net", "tap"]).expect_error(64, &["network 'tap' is not known"]);
+    refused(&["--net", "tap"]).expect_error(66, &["there is no network 'tap'"]);
     refused(&["--net", "user", "--lockstep"])
         .expect_error(64, &["a machine in lock-step has no network"]);
 }

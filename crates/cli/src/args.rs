@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use strata_vmm::config::{DiskConfig, EngineChoice, OnReboot, Publish};
+use strata_vmm::config::{DiskConfig, EngineChoice, NetworkPort, OnReboot, PortVlans, Publish};
 use strata_vmm::{ByteSize, MachineName};
 
 use crate::exit::{ExitCode, Failure, HELP};
@@ -27,6 +27,9 @@ pub enum Command {
     /// List, build and remove images
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Networks that several machines share
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Say what this host offers, and which engine is chosen and why
     Info(InfoArgs),
     /// Say what running machines have done
@@ -85,8 +88,12 @@ pub struct RunArgs {
     #[arg(long, value_name = "NAME")]
     pub name: Option<MachineName>,
     /// The machine's network: one of its own with a way out (`user`, the default), in which the gateway's address leads to
-    /// services of this host, with `,host-loopback` also to those on 127.0.0.1; or none
-    #[arg(long, value_name = "user[,host-loopback]|none")]
+    /// services of this host, with `,host-loopback` also to those on 127.0.0.1; none; or one that it shares with others
+    /// (see `strata network`)
+    #[arg(
+        long,
+        value_name = "user[,host-loopback]|none|NETWORK[,mac=MAC][,vlan=N|,trunk[=N+N...]]"
+    )]
     pub net: Option<NetArg>,
     /// Lead a port of this host to one of the guest; the address is 127.0.0.1 if not given, so that only this host
     /// reaches it. May be given several times
@@ -151,6 +158,30 @@ pub struct RunArgs {
     /// How long the guest may take until its agent answers, in seconds.
     #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 300)]
     pub boot_timeout: u64,
+}
+
+/// Commands on networks.
+#[derive(Debug, Subcommand)]
+pub enum NetworkCommand {
+    /// Make a network; machines join it with `strata run --net NAME`
+    Create {
+        /// Its name
+        name: MachineName,
+        /// Its gateway's address and size, like 10.7.0.1/24; one that collides with nothing if not given
+        #[arg(long, value_name = "ADDRESS/BITS")]
+        subnet: Option<ipnet::Ipv4Net>,
+    },
+    /// List networks
+    Ls {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove a network; machines that are on it stay so
+    Rm {
+        /// Its name
+        name: MachineName,
+    },
 }
 
 /// Commands on images.
@@ -288,7 +319,7 @@ impl From<EngineArg> for EngineChoice {
 }
 
 /// `--net`.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub enum NetArg {
     /// A network of the machine's own.
     User {
@@ -297,6 +328,8 @@ pub enum NetArg {
     },
     /// No network card
     None,
+    /// A port of a network that machines share.
+    Port(NetworkPort),
 }
 
 impl std::str::FromStr for NetArg {
@@ -315,11 +348,67 @@ impl std::str::FromStr for NetArg {
                 Some(("user", option)) => Err(format!(
                     "network option '{option}' is not known (known: host-loopback)"
                 )),
-                _ => Err(format!(
-                    "network '{other}' is not known (known: user, none)"
-                )),
+                Some(("none", option)) => Err(format!("no network has no option '{option}'")),
+                _ => shared(other).map(Self::Port),
             },
         }
+    }
+}
+
+/// A port of a shared network: its name and options.
+fn shared(text: &str) -> Result<NetworkPort, String> {
+    let mut words = text.split(',');
+    let network: MachineName = words
+        .next()
+        .unwrap_or_default()
+        .parse()
+        .map_err(|error| format!("no network has such a name: {error}"))?;
+    let mut port = NetworkPort {
+        network: network.to_string(),
+        mac: None,
+        vlans: PortVlans::default(),
+        mtu: 0,
+        ring: 0,
+    };
+    let vlan = |text: &str| match text.parse() {
+        Ok(vlan @ 1..=4094) => Ok(vlan),
+        _ => Err(format!("'{text}' is no VLAN: give a number from 1 to 4094")),
+    };
+    for word in words {
+        match word.split_once('=').unwrap_or((word, "")) {
+            ("mac", text) => port.mac = Some(mac(text)?),
+            ("vlan", text) => port.vlans = PortVlans::Access(vlan(text)?),
+            ("trunk", "") => port.vlans = PortVlans::Trunk(Vec::new()),
+            ("trunk", list) => {
+                let list: Result<Vec<u16>, String> = list.split('+').map(vlan).collect();
+                port.vlans = PortVlans::Trunk(list?);
+            }
+            _ => {
+                return Err(format!(
+                    "network option '{word}' is not known (known: mac=MAC, vlan=N, trunk, trunk=N+N)"
+                ));
+            }
+        }
+    }
+    Ok(port)
+}
+
+/// An Ethernet address that one card can have.
+fn mac(text: &str) -> Result<[u8; 6], String> {
+    let parts: Option<Vec<u8>> = text
+        .split(':')
+        .map(|part| {
+            u8::from_str_radix(part, 16)
+                .ok()
+                .filter(|_| part.len() == 2)
+        })
+        .collect();
+    let mac = parts.and_then(|parts| <[u8; 6]>::try_from(parts).ok());
+    match mac {
+        Some(mac @ [first, ..]) if first & 1 == 0 && mac != [0; 6] => Ok(mac),
+        _ => Err(format!(
+            "'{text}' is no Ethernet address of a card: write it like 02:00:00:00:00:01"
+        )),
     }
 }
 
@@ -502,8 +591,8 @@ mod tests {
             "invalid value '80' for '--publish <[ADDRESS:]HOST:GUEST[/udp]>': write [ADDRESS:]HOSTPORT:GUESTPORT[/udp], like 8080:80 or [::1]:8080:80; see --help",
         );
         refused(
-            "run tiny --net tap",
-            "invalid value 'tap' for '--net <user[,host-loopback]|none>': network 'tap' is not known (known: user, none); see --help",
+            "run tiny --net lab,vlan=4095",
+            "invalid value 'lab,vlan=4095' for '--net <user[,host-loopback]|none|NETWORK[,mac=MAC][,vlan=N|,trunk[=N+N...]]>': '4095' is no VLAN: give a number from 1 to 4094; see --help",
         );
         refused(
             "imag ls",

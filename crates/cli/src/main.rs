@@ -7,6 +7,7 @@ mod completions;
 mod exit;
 mod image;
 mod info;
+mod network;
 mod output;
 mod ports;
 mod process;
@@ -60,6 +61,7 @@ fn dispatch(started: Instant) -> Result<u8, Failure> {
     match command {
         Command::Run(args) => run::run(*args, started),
         Command::Image(command) => image::run(&command).map(|()| 0),
+        Command::Network(command) => network::run(&command).map(|()| 0),
         Command::Info(args) => info::run(&args).map(|()| 0),
         Command::Stats(args) => stats::run(&args).map(|()| 0),
         Command::Ports(args) => ports::run(&args).map(|()| 0),

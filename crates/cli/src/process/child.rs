@@ -10,7 +10,7 @@ use rustix::process::Resource;
 use strata_sandbox::{Confinement, Filter, Layer};
 use strata_vmm::control::Request;
 use strata_vmm::{
-    BuildError, ConsoleInput, ConsoleRing, Crash, HostEnds, Machine, MachineHandle, Outcome,
+    BuildError, Cable, ConsoleInput, ConsoleRing, Crash, HostEnds, Machine, MachineHandle, Outcome,
     VsockHost,
 };
 
@@ -20,7 +20,7 @@ use crate::exit::{ExitCode, Failure, chain, code_of_io};
 use crate::run::spawn;
 
 /// The first descriptor beyond the standard ones, and how many there may be.
-const DESCRIPTORS: (i32, usize) = (3, 6);
+const DESCRIPTORS: (i32, usize) = (3, 8);
 /// Longest line that is read.
 const LINE_MAX: u64 = 1 << 20;
 /// Lines of the console that are told in the end.
@@ -46,6 +46,32 @@ pub fn main() -> Result<u8, Failure> {
             let mut layers = confine(&namespaces);
             layers.push(seal(false, &speaker, false));
             speaker.say(&Said::Built(layers));
+        }
+        Launch::Switch(launch) => {
+            let failed = |error: io::Error| Said::Failed {
+                code: ExitCode::System,
+                message: error.to_string(),
+            };
+            match given
+                .next()
+                .map(|listener| super::switch::open(&launch, listener))
+            {
+                Some(Ok(mut hub)) => {
+                    let layers = confine(&launch.namespaces);
+                    // It stays for the other machines when the one that started it goes.
+                    let stays = rustix::process::set_parent_process_death_signal(None);
+                    let _ = rustix::process::setsid();
+                    if let Err(error) = stays {
+                        speaker.say(&failed(error.into()));
+                        return Ok(0);
+                    }
+                    speaker.say(&Said::Built(layers));
+                    drop((speaker, lines));
+                    hub.run().map_err(unheard)?;
+                }
+                Some(Err(error)) => speaker.say(&failed(error)),
+                None => {}
+            }
         }
         Launch::Machine(launch) => {
             if let Err(failure) = machine(*launch, lines, given, &speaker) {
@@ -85,6 +111,15 @@ fn machine(
     let vsock = vsock.map(|(listener, line)| VsockHost::on(listener.into(), dialler(line.into())));
     let gdb = if launch.gdb { given.next() } else { None };
     let line = if launch.network { given.next() } else { None };
+    let cable = match launch.cable {
+        true => given.next().zip(given.next()).zip(given.next()),
+        false => None,
+    };
+    let cable = cable.map(|((ring, doorbell), wake)| Cable {
+        ring,
+        doorbell,
+        wake,
+    });
     if line.is_some() {
         raise_descriptors();
     }
@@ -94,6 +129,7 @@ fn machine(
         run_dir: None,
         vsock,
         sockets: line.map(|line| Box::new(Line::new(line)) as _),
+        cable,
         temporary: Some(launch.temporary),
         engine_options: launch.engine_options,
         opened: (launch.jail != Jail::None).then(|| {

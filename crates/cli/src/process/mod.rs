@@ -7,7 +7,8 @@
 //!     2 ◀── last words of a fault of ours           6 ◀──▶ dialling for the guest: a port goes out, a socket comes back
 //!     3 ◀──▶ lines of JSON: Launch and requests     7 gdb's socket, listening
 //!       go in, Said comes out                       8 ◀──▶ wishes for sockets go out, sockets come back
-//!                                                   (5 and 6, 7, and 8 only if the launch says so)
+//!                                                   (5 and 6, 7, and 8 only if the launch says so; in the place of
+//!                                                    8 the ring of a port on a shared network, and two eventfds)
 //! ```
 //!
 //! The process in front keeps the terminal, the signals, the run directory and all that is done in the user's name. It
@@ -17,6 +18,7 @@ mod broker;
 mod child;
 mod dial;
 mod parent;
+mod switch;
 
 use serde::{Deserialize, Serialize};
 use strata_sandbox::{Attempt, Layer};
@@ -25,7 +27,7 @@ use strata_vmm::{MachineConfig, MachineStats};
 
 pub use broker::{Broker, ping_refused};
 pub use child::main;
-pub use parent::{Ends, MachineProcess, check_jail, listen_at};
+pub use parent::{Ends, MachineProcess, check_jail, listen_at, start_switch};
 
 use crate::exit::ExitCode;
 
@@ -38,11 +40,24 @@ pub const WORD: &str = "machine";
 pub enum Launch {
     /// To run a machine.
     Machine(Box<MachineLaunch>),
+    /// To be the switch of a shared network.
+    Switch(SwitchLaunch),
     /// To say which layers of the jail this host grants.
     Check {
         /// What came of its namespaces.
         namespaces: Result<(), String>,
     },
+}
+
+/// A shared network's switch. Its socket, listening, is in the place of the control socket.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SwitchLaunch {
+    /// What came of its namespaces.
+    pub namespaces: Result<(), String>,
+    /// The network's name.
+    pub name: String,
+    /// Its gateway's address and size.
+    pub subnet: ipnet::Ipv4Net,
 }
 
 /// A machine to run.
@@ -62,6 +77,8 @@ pub struct MachineLaunch {
     pub gdb: bool,
     /// Whether there is the line for sockets of its network.
     pub network: bool,
+    /// Whether there are the descriptors of a port on a shared network.
+    pub cable: bool,
     /// Whether somebody reads what the console prints.
     pub console: bool,
     /// What it is put into.

@@ -10,10 +10,11 @@ use std::sync::mpsc::Sender;
 
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
 use strata_sandbox::{Layer, Program};
+use strata_vmm::Cable;
 use strata_vmm::control::Request;
 
 use super::broker::{self, Broker};
-use super::{Launch, MachineLaunch, Said, WORD, dial};
+use super::{Launch, MachineLaunch, Said, SwitchLaunch, WORD, dial};
 use crate::exit::{ExitCode, Failure};
 use crate::run::{Happened, spawn};
 
@@ -30,6 +31,8 @@ pub struct Ends {
     pub gdb: Option<OwnedFd>,
     /// Makes the sockets of the machine's network.
     pub network: Option<Broker>,
+    /// A port on a shared network: what the machine gets, and the connection that keeps the port.
+    pub cable: Option<(Cable, OwnedFd)>,
     /// Where the console's output goes; nowhere if there is none.
     pub console: Option<Box<dyn Write + Send>>,
     /// The machine's name, for lists of processes.
@@ -41,6 +44,8 @@ pub struct MachineProcess {
     channel: UnixStream,
     pidfd: OwnedFd,
     input: Option<File>,
+    /// Keeps the machine's port on a shared network.
+    _port: Option<OwnedFd>,
 }
 
 impl MachineProcess {
@@ -78,6 +83,13 @@ impl MachineProcess {
             None => None,
         };
         given.extend(network.as_ref().map(|(theirs, ..)| theirs.as_fd()));
+        if let Some((cable, _)) = &ends.cable {
+            given.extend([
+                cable.ring.as_fd(),
+                cable.doorbell.as_fd(),
+                cable.wake.as_fd(),
+            ]);
+        }
         let namespaces = launch.jail != super::Jail::None;
         let (pid, granted) = run(&given, &[WORD, &ends.name], namespaces)?;
         drop((typed, printed, said, theirs, dials));
@@ -88,6 +100,7 @@ impl MachineProcess {
                 .map_err(|error| refused(error.into()))?,
             channel: channel.try_clone().map_err(refused)?,
             input: Some(input.into()),
+            _port: ends.cable.map(|(_, connection)| connection),
         };
         send(&channel, &Launch::Machine(Box::new(launch)))?;
         if let Some((_, path)) = ends.vsock {
@@ -170,6 +183,41 @@ pub fn check_jail() -> Result<Vec<Layer>, Failure> {
     });
     let gone = status_of(pid);
     layers.ok_or_else(|| Failure::new(ExitCode::Internal, gone))
+}
+
+/// Makes the process of a shared network's switch, whose machines come to `listener`. It stays when this one ends.
+///
+/// # Errors
+/// If no process can be made, or it cannot be a switch.
+pub fn start_switch(listener: &UnixListener, mut launch: SwitchLaunch) -> Result<(), Failure> {
+    let null = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .map_err(refused)?;
+    let (channel, theirs) = UnixStream::pair().map_err(refused)?;
+    let null = null.as_fd();
+    let descriptors = [null, null, null, theirs.as_fd(), listener.as_fd()];
+    let (_, namespaces) = run(&descriptors, &[WORD, &launch.name], true)?;
+    drop(theirs);
+    launch.namespaces = namespaces;
+    send(&channel, &Launch::Switch(launch))?;
+    let mut failure = Some("its process is gone".to_owned());
+    listen(&channel, |said| {
+        failure = match said {
+            Said::Built(_) => None,
+            Said::Failed { message, .. } => Some(message),
+            _ => Some("its process says nonsense".to_owned()),
+        };
+        false
+    });
+    match failure {
+        None => Ok(()),
+        Some(why) => Err(Failure::new(
+            ExitCode::System,
+            format!("cannot start the network's switch: {why}"),
+        )),
+    }
 }
 
 /// Runs this program again with these descriptors and arguments.

@@ -117,10 +117,12 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
     let signals = signals::block()?;
     let run_dir = take_name(&mut config, name_stem.as_deref())?;
     let console = wire::console_output(&mode)?;
-    let network = match &mut config.network {
-        NetworkConfig::User(user) => Some(Broker::open(user)?),
-        _ => None,
-    };
+    let (mut network, mut cable) = (None, None);
+    match &mut config.network {
+        NetworkConfig::User(user) => network = Some(Broker::open(user)?),
+        NetworkConfig::Port(port) => cable = Some(crate::network::join(port, &config.name)?),
+        _ => {}
+    }
     let control = process::listen_at(&RunDir::control_socket(run_dir.path()))?;
     let socket = strata_vmm::vsock_socket(&config, Some(run_dir.path()));
     let vsock = match &socket {
@@ -136,6 +138,7 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         name: config.name.to_string(),
         gdb: gdb.as_ref().map(gdb::Place::listener).transpose()?,
         network,
+        cable,
         console,
     };
     let launch = MachineLaunch {
@@ -146,6 +149,7 @@ fn try_run(args: RunArgs, started: Instant) -> Result<u8, Failure> {
         vsock: ends.vsock.is_some(),
         gdb: ends.gdb.is_some(),
         network: ends.network.is_some(),
+        cable: ends.cable.is_some(),
         console: ends.console.is_some(),
         jail,
         probe,

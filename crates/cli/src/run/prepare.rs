@@ -131,9 +131,15 @@ fn network(
 ) -> Result<NetworkConfig, Failure> {
     let usage = |message: &str| Err(Failure::new(ExitCode::Usage, message));
     let host_loopback = match asked {
-        Some(NetArg::User { .. }) if lockstep => {
+        Some(NetArg::Port(_)) if !publish.is_empty() => {
+            return usage(
+                "ports are published of a network of the machine's own: leave out '-p', or say '--net user'",
+            );
+        }
+        Some(NetArg::User { .. } | NetArg::Port(_)) if lockstep => {
             return usage("a machine in lock-step has no network: its replay could not follow it");
         }
+        Some(NetArg::Port(port)) => return Ok(NetworkConfig::Port(port)),
         Some(NetArg::User { host_loopback }) => host_loopback,
         None if !lockstep => false,
         Some(NetArg::None) | None if publish.is_empty() => return Ok(NetworkConfig::None),

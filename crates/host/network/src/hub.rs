@@ -26,6 +26,8 @@ const RING: u32 = 2 << 20;
 const BATCH: usize = 64;
 /// Machines of one network, and connections that have not said what they are.
 const PORTS_MAX: usize = 1024;
+/// How long the first machine may take to come.
+const FIRST_MACHINE: Duration = Duration::from_secs(20);
 /// Rounds without a look at sockets.
 const ROUNDS_MAX: usize = 64;
 /// The VLAN in which the gateway is.
@@ -169,13 +171,16 @@ impl Hub {
         Time::ZERO.after(self.origin.elapsed())
     }
 
-    /// Carries frames until the last machine has gone; for ever, if none comes.
+    /// Carries frames until the last machine has gone, or none has come for a while.
     ///
     /// # Errors
     /// The host refuses to wait.
     pub fn run(&mut self) -> io::Result<()> {
         let mut events = Vec::with_capacity(64);
-        while !self.used || !self.machines.is_empty() {
+        let end = |hub: &Hub| {
+            hub.machines.is_empty() && (hub.used || hub.origin.elapsed() > FIRST_MACHINE)
+        };
+        while !end(self) {
             let mut busy = false;
             for _ in 0..ROUNDS_MAX {
                 busy = self.round();

@@ -310,6 +310,44 @@ pub enum NetworkConfig {
     None,
     /// A network of its own, with the host's programs as its way out: no privileges are needed.
     User(UserNetwork),
+    /// A port of a network that several machines share: a switch in a process of its own.
+    Port(NetworkPort),
+}
+
+/// A port of a shared network. Its ring and what wakes either side are handed over beside the configuration.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct NetworkPort {
+    /// The network's name.
+    pub network: String,
+    /// The card's Ethernet address; made from the machine's name if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<[u8; 6]>,
+    /// The port's VLANs.
+    #[serde(default)]
+    pub vlans: PortVlans,
+    /// Longest IP packet of the network; said by the network when the machine joins it.
+    #[serde(default)]
+    pub mtu: u16,
+    /// Bytes of each direction of its ring; said by the network when the machine joins it.
+    #[serde(default)]
+    pub ring: u32,
+}
+
+/// Which VLANs a port has.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PortVlans {
+    /// One, whose frames have no tag.
+    Access(u16),
+    /// Several, whose frames have tags; all, if none are named.
+    Trunk(Vec<u16>),
+}
+
+impl Default for PortVlans {
+    fn default() -> Self {
+        Self::Access(1)
+    }
 }
 
 /// A network of one machine and a gateway.

@@ -31,6 +31,7 @@ pub mod control;
 pub mod engines;
 
 mod bus;
+mod cable;
 mod chassis;
 mod console;
 mod error;
@@ -50,12 +51,13 @@ mod vcpu;
 #[cfg(test)]
 mod tests;
 
+pub use cable::Cable;
 pub use config::MachineConfig;
 pub use console::ConsoleInput;
 pub use error::{BuildError, Crash, Outcome};
 pub use machine::{HostEnds, Machine, MachineHandle, MachineStats};
 pub use name::{MachineName, NameError};
-pub use network::{NetworkStats, guest_of, is_outside};
+pub use network::{NetworkStats, guest_of, is_outside, mac_of};
 pub use platform::vsock_socket;
 pub use ring::ConsoleRing;
 pub use run_dir::{RunDir, RunDirError};
@@ -63,3 +65,10 @@ pub use size::{ByteSize, SizeError};
 pub use state::{InstanceState, Transition, TransitionError};
 pub use strata_devices::virtio::{NetCounters, VsockHost};
 pub use strata_switch::{gateway::subnet, nat};
+
+/// What a network's gateway is told, for programs that start one.
+pub mod gateway {
+    pub use strata_switch::gateway::GatewayConfig;
+    pub use strata_switch::gateway::dhcp4::Dhcp4Config;
+    pub use strata_switch::packet::Mac;
+}

@@ -20,6 +20,7 @@ use strata_engine_dbt::peers::VCPUS_MAX as TRANSLATED_CPUS_MAX;
 use strata_memory::{GuestMemory, Layout};
 
 use crate::bus::EngineInterrupts;
+use crate::cable::Cable;
 use crate::chassis::Chassis;
 use crate::config::{CPUS_MAX, NetworkConfig};
 use crate::console::ConsoleInput;
@@ -49,6 +50,8 @@ pub struct HostEnds {
     pub vsock: Option<VsockHost>,
     /// Who makes the sockets of a network that needs them.
     pub sockets: Option<Box<dyn strata_switch::nat::Host>>,
+    /// The ring of its port on a shared network.
+    pub cable: Option<Cable>,
     /// Where what is written to temporary disks goes; the system's place for such files if not given.
     pub temporary: Option<std::path::PathBuf>,
     /// How the engine works inside.

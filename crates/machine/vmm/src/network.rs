@@ -51,6 +51,9 @@ pub enum NetworkError {
     /// The switch takes no port.
     #[error(transparent)]
     Switch(#[from] SwitchError),
+    /// The ring to the switch is unusable.
+    #[error("the ring of its port on the network is unusable")]
+    Ring(#[from] strata_switch::ring::RingError),
     /// No subnet is free.
     #[error("every private IPv4 subnet is in use on this host")]
     NoSubnet,
@@ -84,7 +87,7 @@ pub struct NetworkStats {
 
 /// The way to the thread's counters.
 #[derive(Clone, Default)]
-pub(crate) struct NetworkHandle(Arc<Mutex<NetworkStats>>);
+pub(crate) struct NetworkHandle(pub(crate) Arc<Mutex<NetworkStats>>);
 
 impl NetworkHandle {
     /// What it has done.
@@ -93,8 +96,8 @@ impl NetworkHandle {
     }
 }
 
-/// The address of a machine's card: locally administered, from its name, so that it stays the same.
-pub(crate) fn mac_of(name: &str) -> [u8; 6] {
+/// The address of a machine's card if none was chosen: locally administered, from its name, so that it stays the same.
+pub fn mac_of(name: &str) -> [u8; 6] {
     // FNV-1a. Machines on one network with the same address would be told apart by their owner.
     let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)

@@ -8,6 +8,7 @@ use strata_devices::virtio::{Blk, Console, ConsoleSize, MTU_MAX, Net, NetOptions
 use strata_devices::{AcpiPm, Cmos, DebugExit, I8042, PvPanic, Serial};
 use strata_disk::{Access, DiskBackend, Overlay};
 
+use crate::cable;
 use crate::chassis::Chassis;
 use crate::config::{
     ConsoleKind, DiskAccess, DiskConfig, DiskFormat, MachineConfig, NetworkConfig,
@@ -99,9 +100,9 @@ fn add_network(
     config: &MachineConfig,
     ends: &mut HostEnds,
 ) -> Result<Option<NetworkHandle>, BuildError> {
-    let NetworkConfig::User(user) = &config.network else {
+    if config.network == NetworkConfig::None {
         return Ok(None);
-    };
+    }
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| BuildError::Device {
         device: "net0".to_owned(),
         source,
@@ -109,20 +110,31 @@ fn add_network(
     if ends.engine_options.lockstep != 0 {
         return Err(failed("a machine in lock-step has no network".into()));
     }
-    let Some(sockets) = ends.sockets.take() else {
-        return Err(failed("nobody makes sockets for its network".into()));
+    let (mac, mtu) = match &config.network {
+        NetworkConfig::Port(port) => (port.mac, port.mtu),
+        _ => (None, MTU_MAX),
     };
-    let mac = network::mac_of(config.name.as_str());
+    let mac = mac.unwrap_or_else(|| network::mac_of(config.name.as_str()));
     let pairs = u16::try_from(config.cpus).unwrap_or(u16::MAX);
-    let options = NetOptions {
-        mac,
-        mtu: MTU_MAX,
-        pairs,
-    };
+    let options = NetOptions { mac, mtu, pairs };
     let (card, host) = Net::new(options).map_err(|error| failed(error.into()))?;
     chassis.add_virtio(slot::NET, "net0", card)?;
     let name = config.name.as_str();
-    let handle = network::start(host, mac, name, user, sockets);
+    let handle = match &config.network {
+        NetworkConfig::None => return Ok(None),
+        NetworkConfig::User(user) => {
+            let Some(sockets) = ends.sockets.take() else {
+                return Err(failed("nobody makes sockets for its network".into()));
+            };
+            network::start(host, mac, name, user, sockets)
+        }
+        NetworkConfig::Port(port) => {
+            let Some(cable) = ends.cable.take() else {
+                return Err(failed("nobody joined its network".into()));
+            };
+            cable::start(host, port.ring, cable)
+        }
+    };
     handle.map(Some).map_err(|error| failed(error.into()))
 }
 

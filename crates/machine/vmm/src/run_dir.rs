@@ -131,6 +131,15 @@ impl RunDir {
         names
     }
 
+    /// Where the sockets of shared networks are, below `root`; made if it is missing.
+    pub fn networks(root: &Path) -> Result<PathBuf, RunDirError> {
+        make_private(root)?;
+        // No machine has such a name.
+        let path = root.join(".networks");
+        make_private(&path)?;
+        Ok(path)
+    }
+
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
