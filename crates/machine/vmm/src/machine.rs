@@ -379,7 +379,7 @@ impl Machine {
             reboots: self.reboots,
             ports: match &self.config.network {
                 NetworkConfig::User(user) => user.publish.clone(),
-                NetworkConfig::None => Vec::new(),
+                NetworkConfig::None | NetworkConfig::Port(_) => Vec::new(),
             },
         }
     }
