@@ -9,7 +9,7 @@ const CLASSES: [(&str, &str); 7] = [
     ),
     (
         "memory",
-        "--malloc 0 --malloc-bytes 64m --memcpy 0 --memthrash 1 --bsearch 0 --qsort 0",
+        "--malloc 0 --malloc-bytes 64k --malloc-max 1024 --memcpy 0 --memthrash 1 --bsearch 0 --qsort 0",
     ),
     (
         "vm",
