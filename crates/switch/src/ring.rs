@@ -505,6 +505,17 @@ mod tests {
     }
 
     #[test]
+    fn a_record_is_not_longer_than_what_was_produced() {
+        let (mut switch, machine) = pair();
+        let mut record = header(&Frame::new(&[1; 64]));
+        record[..4].copy_from_slice(&1000u32.to_le_bytes());
+        assert!(machine.memory().write(machine.out.data, &record));
+        machine.store(machine.out.produced, 80);
+        let popped = switch.pop(&mut Pool::new(1));
+        assert!(matches!(popped, Err(RingError::Broken(_))), "{popped:?}");
+    }
+
+    #[test]
     fn another_version_is_named() {
         let (switch, _) = pair();
         switch.store(0, 2);

@@ -471,6 +471,35 @@ fn fragments_follow_their_first() {
 }
 
 #[test]
+fn a_fragment_does_not_overwrite_the_header_that_was_judged() {
+    let (mut switch, ports) = network([None, Some(vec![]), None, None]);
+    learn(&mut switch, &ports);
+    assert!(passes(&mut switch, &ports, udp(1, 0, (9, 5)), Time::ZERO));
+    let piece = |id: u16, word: u16| {
+        let way = Addresses {
+            source_mac: mac(0),
+            destination_mac: mac(1),
+            source: address(0),
+            destination: address(1),
+        };
+        let mut piece = reply::udp(&mut Pool::new(1), way, (5, 9), &[7; 40]).unwrap();
+        crate::packet::put_u16(piece.bytes_mut(), 18, id);
+        crate::packet::put_u16(piece.bytes_mut(), 20, word);
+        piece
+    };
+    // The first part, a later one, and one that begins inside TCP's header; in units of eight bytes.
+    for (word, expected) in [(0x2000, 1), (6, 1), (2, 0)] {
+        let mut piece = piece(77, word);
+        if word == 2 {
+            crate::packet::put(piece.bytes_mut(), 23, &[protocol::TCP]);
+        }
+        switch.receive(ports[0], piece, Time::ZERO);
+        let passed = drain(&mut switch, ports[1], Time::ZERO).len();
+        assert_eq!(passed, expected, "{word:#x}");
+    }
+}
+
+#[test]
 fn a_live_connection_ends_with_its_rule() {
     let group = GroupId(1);
     let (mut switch, ports) = network([None, Some(vec![group]), None, None]);
