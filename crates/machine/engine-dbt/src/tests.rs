@@ -1,6 +1,7 @@
 //! Small programs through the whole engine: translated and interpreted code, page tables, exits.
 
 mod debugger;
+mod groups;
 mod kernel;
 mod modes;
 mod smp;

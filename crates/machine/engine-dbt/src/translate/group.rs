@@ -1,7 +1,7 @@
-//! Groups: accesses off one base register that share a check.
+//! Groups: accesses that share a check because their addresses differ by constants.
 //!
-//! Fields of a structure, pushes and pops, a frame's variables: where the base moves by constants only, one look at the
-//! soft TLB covers them all, if they lie in one page. If they do not, or if that page is not plain RAM, the code goes on
+//! Fields of a structure, elements of an array at one index, pushes and pops, a frame's variables, global ones: where
+//! the base moves by constants only, one look at the soft TLB covers them all, if they lie in one page. If they do not, or if that page is not plain RAM, the code goes on
 //! in a block of its own that checks each access for itself, and in which faults are what they are.
 //!
 //! The group's host address stays in R10; R11 and RCX are free for its instructions. Everything that the guest may see,
@@ -18,7 +18,7 @@ use crate::asm::reg::{R8, R10, R11};
 use crate::code::{Key, Link, MemSite, Next};
 use crate::cpu::off;
 use crate::mmu::OperandAccess;
-use crate::table::{OperandUse, Treatment};
+use crate::table::{OperandUse, Treatment, waits_for_x87};
 use crate::translate::Mode;
 
 /// Bytes from the first to the last of a group: few enough that most groups lie in one page.
@@ -30,13 +30,46 @@ const STACK: u8 = 4;
 pub(super) struct Group {
     /// Which of the block's.
     pub members: Range<usize>,
-    /// Guest register that they are based on.
-    base: u8,
-    /// The lowest byte, from where the base points at the start.
+    /// What their addresses have in common.
+    root: Root,
+    /// The lowest byte, from where the root points at the start.
     low: i64,
     /// Bytes.
     span: usize,
     write: bool,
+}
+
+/// What the addresses of a group differ from by constants.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Root {
+    /// Guest register, which may move by constants; none for fixed addresses.
+    base: Option<u8>,
+    /// Guest register, which stays, and its scale.
+    index: Option<(u8, u8)>,
+}
+
+impl Root {
+    const STACK: Root = Root {
+        base: Some(STACK),
+        index: None,
+    };
+
+    /// True if an instruction writes to a register that it is made of.
+    fn is_written(&self, instr: &Instruction) -> bool {
+        let to = written(instr);
+        to.is_some() && (to == self.base || to == self.index.map(|(register, _)| register))
+    }
+
+    /// How far an instruction without access moves it: by nothing, or by a constant. `None` if by anything else.
+    fn step(&self, instr: &Instruction) -> Option<i64> {
+        if !self.is_written(instr) {
+            return Some(0);
+        }
+        let by_base = self
+            .index
+            .is_none_or(|(index, _)| written(instr) != Some(index));
+        constant_step(instr).filter(|_| by_base)
+    }
 }
 
 /// What an instruction is to a group.
@@ -45,7 +78,7 @@ enum Member {
     Outside,
     /// It makes no access, and moves the base by so much.
     Within(i64),
-    /// It accesses so many bytes, from where the base points before it; and moves the base.
+    /// It accesses so many bytes, from where the root points before it; and moves it.
     Access {
         at: i64,
         size: usize,
@@ -56,31 +89,36 @@ enum Member {
     },
 }
 
-/// Instructions that use no registers but those that are written in them.
-fn explicit(instr: &Instruction) -> bool {
+/// True for instructions that use no general registers but those that are written in them.
+fn explicit(decoded: &Decoded) -> bool {
+    let instr = &decoded.instr;
+    if decoded.vector {
+        let implicit = matches!(
+            instr.mnemonic(),
+            M::Pcmpistri
+                | M::Pcmpistrm
+                | M::Pcmpestri
+                | M::Pcmpestrm
+                | M::Pcmpestri64
+                | M::Pcmpestrm64
+                | M::Vpcmpistri
+                | M::Vpcmpistrm
+                | M::Vpcmpestri
+                | M::Vpcmpestrm
+                | M::Vpcmpestri64
+                | M::Vpcmpestrm64
+                | M::Maskmovdqu
+                | M::Vmaskmovdqu
+                | M::Maskmovq
+        );
+        return !implicit && !waits_for_x87(instr);
+    }
     match instr.mnemonic() {
         M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Movbe | M::Bswap => true,
         M::Add | M::Sub | M::And | M::Or | M::Xor | M::Cmp | M::Test | M::Adc | M::Sbb => true,
         M::Inc | M::Dec | M::Neg | M::Not | M::Shl | M::Shr | M::Sar | M::Rol | M::Ror => true,
         M::Bt | M::Popcnt | M::Tzcnt | M::Lzcnt => true,
         M::Imul => instr.op_count() > 1,
-        M::Movaps | M::Movups | M::Movapd | M::Movupd | M::Movdqa | M::Movdqu => true,
-        M::Movss | M::Movd | M::Movq | M::Movlps | M::Movhps | M::Movlpd | M::Movhpd => true,
-        M::Movsd => !instr.is_string_instruction(),
-        M::Addss | M::Addsd | M::Addps | M::Addpd | M::Subss | M::Subsd | M::Subps | M::Subpd => {
-            true
-        }
-        M::Mulss | M::Mulsd | M::Mulps | M::Mulpd | M::Divss | M::Divsd | M::Divps | M::Divpd => {
-            true
-        }
-        M::Xorps | M::Xorpd | M::Andps | M::Andpd | M::Orps | M::Orpd | M::Pxor | M::Por => true,
-        M::Pand | M::Paddb | M::Paddw | M::Paddd | M::Paddq | M::Unpcklps | M::Unpcklpd => true,
-        M::Ucomiss | M::Ucomisd | M::Comiss | M::Comisd | M::Cvtsi2sd | M::Cvtsi2ss => true,
-        M::Vmovaps | M::Vmovups | M::Vmovapd | M::Vmovupd | M::Vmovdqa | M::Vmovdqu => true,
-        M::Vmovss | M::Vmovsd | M::Vmovd | M::Vmovq => true,
-        M::Vaddss | M::Vaddsd | M::Vaddps | M::Vaddpd | M::Vmulss | M::Vmulsd => true,
-        M::Vsubss | M::Vsubsd | M::Vsubps | M::Vsubpd | M::Vmulps | M::Vmulpd => true,
-        M::Vxorps | M::Vxorpd | M::Vpxor | M::Vpand | M::Vpor | M::Vpaddd | M::Vpaddq => true,
         _ => conditional(instr.code()),
     }
 }
@@ -152,28 +190,56 @@ fn displaced(instr: &Instruction) -> usize {
         .count()
 }
 
-/// The operand of a plain instruction off a base register alone: the register, and how far from it.
-fn operand(instr: &Instruction) -> Option<(u8, i64)> {
-    let base = instr.memory_base();
-    let usual = base.is_gpr64()
-        && instr.memory_index() == Register::None
-        && !matches!(instr.memory_segment(), Register::FS | Register::GS);
-    usual.then(|| (number(base), instr.memory_displacement64() as i64))
+/// The operand of a plain instruction: its root, and how far from it.
+fn operand(instr: &Instruction) -> Option<(Root, i64)> {
+    if matches!(instr.memory_segment(), Register::FS | Register::GS) {
+        return None;
+    }
+    let (base, index) = (instr.memory_base(), instr.memory_index());
+    if instr.is_ip_rel_memory_operand() {
+        let root = Root {
+            base: None,
+            index: None,
+        };
+        return (base == Register::RIP).then(|| (root, instr.ip_rel_memory_address() as i64));
+    }
+    let index = match index {
+        Register::None => None,
+        index if index.is_gpr64() => Some((number(index), instr.memory_index_scale() as u8)),
+        _ => return None,
+    };
+    let root = Root {
+        base: Some(number(base)),
+        index,
+    };
+    (base.is_gpr64()).then(|| (root, instr.memory_displacement64() as i64))
 }
 
 impl Decoded {
-    /// The register that a group beginning with this instruction is based on.
-    fn group_base(&self) -> Option<u8> {
+    /// The root of a group that begins with this instruction.
+    fn group_root(&self) -> Option<Root> {
         match self.how {
-            Treatment::Push | Treatment::Pop => Some(STACK),
-            Treatment::Plain => operand(&self.instr).map(|(base, _)| base),
+            Treatment::Push | Treatment::Pop => Some(Root::STACK),
+            Treatment::Plain => {
+                self.memory?;
+                operand(&self.instr).map(|(root, _)| root)
+            }
             _ => None,
         }
     }
 
-    /// What it is to a group based on `base`.
-    fn member(&self, base: u8) -> Member {
+    /// What it is to a group with this root.
+    fn member(&self, root: Root) -> Member {
         let instr = &self.instr;
+        let on_stack = root == Root::STACK;
+        // An index that is the stack pointer does not exist, a base with another index may be.
+        let moves_stack = matches!(
+            self.how,
+            Treatment::Push | Treatment::Pop | Treatment::Call | Treatment::Ret
+        );
+        if moves_stack && !on_stack {
+            return Member::Outside;
+        }
         let push = |last| Member::Access {
             at: -8,
             size: 8,
@@ -192,57 +258,41 @@ impl Decoded {
         match self.how {
             Treatment::Nop => Member::Within(0),
             Treatment::JumpIf => Member::Within(0),
-            Treatment::Push if base == STACK && whole && instr.op0_kind() != OpKind::Memory => {
-                push(false)
-            }
+            Treatment::Push if whole && instr.op0_kind() != OpKind::Memory => push(false),
             Treatment::Pop
-                if base == STACK
-                    && whole
+                if whole
                     && instr.op0_kind() == OpKind::Register
                     && number(instr.op0_register()) != STACK =>
             {
                 pop(false)
             }
-            Treatment::Call if base == STACK && instr.code() == Code::Call_rel32_64 => push(true),
-            Treatment::Ret
-                if base == STACK && matches!(instr.code(), Code::Retnq | Code::Retnq_imm16) =>
-            {
-                pop(true)
-            }
-            Treatment::Lea if instr.op0_register().size() == 8 => match written(instr) {
-                Some(to) if to == base => match constant_step(instr) {
-                    Some(moves) => Member::Within(moves),
-                    None => Member::Outside,
-                },
-                _ if instr.memory_base().size() == 4 || instr.memory_index().size() == 4 => {
-                    Member::Outside
+            Treatment::Call if instr.code() == Code::Call_rel32_64 => push(true),
+            Treatment::Ret if matches!(instr.code(), Code::Retnq | Code::Retnq_imm16) => pop(true),
+            Treatment::Lea if instr.op0_register().size() == 8 => {
+                if instr.memory_base().size() == 4 || instr.memory_index().size() == 4 {
+                    return Member::Outside;
                 }
-                _ => Member::Within(0),
-            },
-            Treatment::Plain => self.plain_member(base),
+                root.step(instr).map_or(Member::Outside, Member::Within)
+            }
+            Treatment::Plain => self.plain_member(root),
             _ => Member::Outside,
         }
     }
 
-    fn plain_member(&self, base: u8) -> Member {
+    fn plain_member(&self, root: Root) -> Member {
         let instr = &self.instr;
-        if !explicit(instr) || high_byte(instr) {
+        if !explicit(self) || high_byte(instr) {
             return Member::Outside;
         }
         let by_rcx = crate::table::implicit_rcx(instr) != (false, false);
-        let writes_base = written(instr) == Some(base);
         let memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory);
         if displaced(instr) > if by_rcx { 1 } else { 2 } {
             return Member::Outside;
         }
         if !memory {
-            return match (writes_base, constant_step(instr)) {
-                (false, _) => Member::Within(0),
-                (true, Some(moves)) => Member::Within(moves),
-                (true, None) => Member::Outside,
-            };
+            return root.step(instr).map_or(Member::Outside, Member::Within);
         }
-        let Some((_, at)) = operand(instr).filter(|(register, _)| *register == base) else {
+        let Some((_, at)) = operand(instr).filter(|(other, _)| *other == root) else {
             return Member::Outside;
         };
         let Some(OperandUse { access, size }) = self.memory else {
@@ -253,7 +303,7 @@ impl Decoded {
             size,
             write: access != OperandAccess::Read,
             moves: 0,
-            last: writes_base,
+            last: root.is_written(instr),
         }
     }
 }
@@ -270,14 +320,14 @@ impl Builder<'_> {
         {
             return None;
         }
-        let base = self.decoded.get(first)?.group_base()?;
+        let root = self.decoded.get(first)?.group_root()?;
         let (mut moved, mut low, mut high) = (0i64, i64::MAX, i64::MIN);
         let (mut accesses, mut write, mut end) = (0, false, first);
         // Past a jump that may be taken, or an instruction that may fault, a first store might never be made: its page
         // must not become dirty.
         let mut certain = true;
         for (index, decoded) in self.decoded.iter().enumerate().skip(first) {
-            match decoded.member(base) {
+            match decoded.member(root) {
                 Member::Outside => break,
                 Member::Within(moves) => moved = moved.checked_add(moves)?,
                 Member::Access {
@@ -309,10 +359,11 @@ impl Builder<'_> {
             }
             certain &= decoded.how != Treatment::JumpIf && !decoded.vector;
         }
-        let near = i32::try_from(low).is_ok() && i32::try_from(high).is_ok();
+        let near =
+            root.base.is_none() || (i32::try_from(low).is_ok() && i32::try_from(high).is_ok());
         (accesses > 1 && near).then(|| Group {
             members: first..end,
-            base,
+            root,
             low,
             span: (high - low) as usize,
             write,
@@ -325,11 +376,7 @@ impl Builder<'_> {
             return true;
         };
         self.begin(&first);
-        let base = host_register(group.base).unwrap_or_else(|| {
-            self.asm.load_ctx(R10, off::gpr(group.base));
-            R10
-        });
-        self.asm.lea(R10, Some(base), None, group.low as i32, false);
+        self.root_address(group);
         let from = self.check(group.span, group.write);
         let back = self.asm.here();
         self.asm.lea(R10, Some(R10), Some((R11, 1)), 0, false);
@@ -394,7 +441,7 @@ impl Builder<'_> {
                 }
                 _ => {
                     self.pay(&mut owed);
-                    self.emit_member(&decoded, group.base, &mut at);
+                    self.emit_member(&decoded, group.root, &mut at);
                 }
             }
             self.index += 1;
@@ -403,7 +450,7 @@ impl Builder<'_> {
         true
     }
 
-    fn emit_member(&mut self, decoded: &Decoded, base: u8, at: &mut i64) {
+    fn emit_member(&mut self, decoded: &Decoded, root: Root, at: &mut i64) {
         let (instr, Some(raw)) = (&decoded.instr, decoded.raw) else {
             return;
         };
@@ -434,9 +481,28 @@ impl Builder<'_> {
             }
             _ => {}
         }
-        if written(instr) == Some(base) {
-            *at += constant_step(instr).unwrap_or(0);
+        if decoded.memory.is_none() {
+            *at += root.step(instr).unwrap_or(0);
         }
+    }
+
+    /// Puts the address of a group's lowest byte into R10. Clobbers R11.
+    fn root_address(&mut self, group: &Group) {
+        let Some(base) = group.root.base else {
+            self.asm.mov_imm(R10, group.low as u64);
+            return;
+        };
+        let mut host = |register, scratch| {
+            host_register(register).unwrap_or_else(|| {
+                self.asm.load_ctx(scratch, off::gpr(register));
+                scratch
+            })
+        };
+        let base = host(base, R10);
+        let index = group.root.index;
+        let index = index.map(|(register, scale)| (host(register, R11), scale));
+        self.asm
+            .lea(R10, Some(base), index, group.low as i32, false);
     }
 
     /// Makes the stack pointer what it should be.
