@@ -523,7 +523,6 @@ fn uses_x87(instr: &Instruction) -> bool {
     traits(instr).is_some_and(|traits| traits.x87)
 }
 
-/// Sensitive or unusual instructions that the interpreter runs, among those whose features are present.
 /// True for instructions that `translate::system` knows, in 64-bit code.
 fn has_stub(instr: &Instruction, cpl0: bool) -> bool {
     use Mnemonic as M;
@@ -541,6 +540,7 @@ fn has_stub(instr: &Instruction, cpl0: bool) -> bool {
     }
 }
 
+/// Sensitive or unusual instructions that the interpreter runs, among those whose features are present.
 fn interpreted(instr: &Instruction) -> bool {
     use Mnemonic as M;
     let code = instr.code();

@@ -138,6 +138,11 @@ impl Mode {
         Mode(self.0 | Mode::UNGROUPED)
     }
 
+    /// The same mode, for code in which accesses may share a check.
+    pub fn grouped(self) -> Mode {
+        Mode(self.0 & !Mode::UNGROUPED)
+    }
+
     /// Each access has a check of its own.
     pub fn is_ungrouped(self) -> bool {
         self.0 & Mode::UNGROUPED != 0

@@ -42,6 +42,8 @@ pub struct TscLine {
 struct Measured {
     /// Host and guest ticks when measuring began, if it has.
     since: Option<(u64, u64)>,
+    /// Host and guest ticks at the last look.
+    looked: (u64, u64),
     /// How often the clock had been started then.
     starts: u64,
     /// Nobody has seen a later value.
@@ -66,6 +68,20 @@ fn host_ticks() -> u64 {
 /// Guest ticks for host ticks.
 fn ticks(host: u64, rate: u64) -> u64 {
     ((u128::from(host) * u128::from(rate)) >> POINT) as u64
+}
+
+/// True if the host's counter went back, or ran on while the clock stood (the host slept), between the last two looks:
+/// what was measured means nothing any more. Each pair is host and guest ticks.
+fn strayed(all: (u64, u64), recent: (u64, u64)) -> bool {
+    let (host, guest) = (u128::from(all.0), u128::from(all.1));
+    if (recent.0 as i64) < 0 || (all.0 as i64) < 0 {
+        return true;
+    }
+    // So many guest ticks there should have been since the last look; a slow look itself is no reason.
+    let expected = u128::from(recent.0) * guest / host.max(1);
+    let off = expected.abs_diff(u128::from(recent.1));
+    let slack = guest * u128::from(100 * READ_TICKS) / host.max(1);
+    off > expected / 50 + slack
 }
 
 impl TscLine {
@@ -106,11 +122,15 @@ impl Tsc {
         let mut measured = self.measured.lock().unwrap_or_else(PoisonError::into_inner);
         if measured.starts != clock.starts() {
             measured.starts = clock.starts();
-            measured.since = None;
-            let end = self.end();
-            measured.seen = measured.seen.max(end);
-            self.set(0, 0, 0, 0);
+            self.begin_anew(&mut measured);
         }
+    }
+
+    /// Ends the line, and the measuring with it.
+    fn begin_anew(&self, measured: &mut Measured) {
+        measured.since = None;
+        measured.seen = measured.seen.max(self.end());
+        self.set(0, 0, 0, 0);
     }
 
     /// The last value of the current piece.
@@ -153,12 +173,22 @@ impl Tsc {
         }
         let Some((host_since, guest_since)) = measured.since else {
             measured.since = Some((host, now));
+            measured.looked = (host, now);
             measured.seen = measured.seen.max(now);
             return measured.seen;
         };
+        let (host_before, before) = std::mem::replace(&mut measured.looked, (host, now));
+        let all = (host.wrapping_sub(host_since), now.wrapping_sub(guest_since));
+        let recent = (host.wrapping_sub(host_before), now.wrapping_sub(before));
+        if strayed(all, recent) {
+            self.begin_anew(&mut measured);
+            measured.seen = measured.seen.max(now);
+            return measured.seen;
+        }
         let passed = now.wrapping_sub(guest_since);
         let host_passed = host.wrapping_sub(host_since);
-        if passed < clock.ns_to_tsc(MEASURE_NS) || host_passed < MEASURE_NS / 10 {
+        let measure = clock.ns_to_tsc(MEASURE_NS).max(1);
+        if passed < measure || host_passed < MEASURE_NS / 10 {
             measured.seen = measured.seen.max(now);
             return measured.seen;
         }
@@ -219,6 +249,16 @@ mod tests {
         }
         let on_line: u32 = threads.into_iter().map(|t| t.join().unwrap()).sum();
         assert!(on_line > 1000, "only {on_line} on the line");
+    }
+
+    #[test]
+    fn a_host_that_slept_or_went_back_is_noticed() {
+        let hour = 3_600_000_000_000;
+        assert!(!strayed((1_000_000, 2_000_000), (10_000, 20_000)));
+        assert!(!strayed((hour, 2 * hour), (3_000_000, 6_010_000)));
+        assert!(strayed((2 * hour, hour / 2), (hour, 2_000_000)));
+        assert!(strayed((hour, hour), (1u64.wrapping_neg(), 100)));
+        assert!(strayed((0, 0), (hour, 1)));
     }
 
     #[test]

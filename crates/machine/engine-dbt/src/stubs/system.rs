@@ -3,11 +3,12 @@
 //! code.
 //!
 //! They are written as assembly of this program, which is copied into each code cache, where blocks reach it; it names
-//! nothing but the context. A stub does the usual case only. For all else it puts back what it found and goes to the
+//! the context, what that points at, and nothing else. A stub does the usual case only. For all else it puts back what it found and goes to the
 //! interpreter, which does all of the instruction: a stub changes nothing before it is sure.
 //!
-//! The context is at RSP, or, in stubs that are called, at RSP + 8. In all of them RCX = the interpreter's site for the instruction; R10 and R11 are as said, and scratch; guest RSP is
-//! in R8, guest RCX in R9, and the guest's flags are the host's.
+//! The context is at RSP, or, in stubs that are called, at RSP + 8. In all of them RCX = the interpreter's site for the
+//! instruction; R10 and R11 are as said, and scratch; guest RSP is in R8, guest RCX in R9, and the guest's flags are the
+//! host's.
 
 use std::arch::global_asm;
 use std::mem::offset_of;

@@ -314,6 +314,17 @@ impl Builder<'_> {
                 break;
             }
         }
+        // STI holds interrupts off for one more instruction, which is not in this block.
+        if self
+            .decoded
+            .last()
+            .is_some_and(|last| last.how == Treatment::Sti)
+        {
+            match self.decoded.as_mut_slice() {
+                [only] => only.how = Treatment::Interpret,
+                _ => drop(self.decoded.pop()),
+            }
+        }
         Ok(())
     }
 

@@ -200,6 +200,7 @@ impl Builder<'_> {
         let target = Key {
             gpa,
             rip: target,
+            mode: self.mode.grouped().0,
             ..self.key
         };
         self.links.push(Link {

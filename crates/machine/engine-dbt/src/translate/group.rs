@@ -338,7 +338,8 @@ impl Builder<'_> {
                     last,
                 } => {
                     // The tracer asks for the linear address after each store.
-                    if store && (options.trace || !(certain || write)) {
+                    let sure = write || (certain && !decoded.vector);
+                    if store && (options.trace || !sure) {
                         break;
                     }
                     let from = moved.checked_add(at)?;
