@@ -11,6 +11,9 @@ use super::tcp::Tcp;
 use crate::packet::Mac;
 use crate::time::Time;
 
+/// Entries that a queue may have before those of flows that are gone are looked for.
+pub const QUEUE_MIN: usize = 64;
+
 /// What tells flows apart. The ports of an ICMP echo flow are its identifier and zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
@@ -169,7 +172,22 @@ impl Flows {
             flow.queued = Some(deadline);
             self.timers
                 .push(Reverse((deadline, id.index, id.generation)));
+            self.tidy_timers();
         }
+    }
+
+    /// Takes out entries that no flow waits for any more, once they are the greater part.
+    fn tidy_timers(&mut self) {
+        if self.timers.len() <= 2 * self.len() + QUEUE_MIN {
+            return;
+        }
+        let slots = &self.slots;
+        self.timers.retain(|&Reverse((at, index, generation))| {
+            slots.get(index as usize).is_some_and(|slot| {
+                let waits = |flow: &Flow| flow.queued == Some(at);
+                slot.generation == generation && slot.flow.as_ref().is_some_and(waits)
+            })
+        });
     }
 
     /// When the next timer may run out.
@@ -196,5 +214,29 @@ impl Flows {
             self.set_timer(id, deadline);
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Flows that come and go leave nothing behind, long before their time is over.
+    #[test]
+    fn timers_of_flows_that_are_gone_are_forgotten() {
+        let mut flows = Flows::default();
+        let far = Time::from_nanos(1 << 40);
+        let kind = || Kind::Datagrams(Box::default());
+        let stays = flows.add(Key::of_question(0), Mac::default(), kind(), far);
+        for token in 1..10_000 {
+            let id = flows.add(Key::of_question(token), Mac::default(), kind(), far);
+            flows.remove(id);
+            // So do deadlines that move to and fro.
+            flows.set_timer(stays, Time::from_nanos(token));
+            assert_eq!(flows.expired(Time::from_nanos(token)), Some(stays));
+            flows.set_timer(stays, far);
+            assert!(flows.timers.len() <= QUEUE_MIN + 4);
+        }
+        assert_eq!(flows.expired(far), Some(stays));
     }
 }

@@ -35,7 +35,7 @@ use rustix::event::Timespec;
 use rustix::event::epoll;
 
 use self::datagram::Datagrams;
-use self::flow::{FlowId, Flows, Key, Kind};
+use self::flow::{FlowId, Flows, Key, Kind, QUEUE_MIN};
 pub use self::router::Router;
 use self::tcp::{Fate, Heard, Next, Tcp};
 use self::wire::{Ends, Segment, flag};
@@ -394,6 +394,7 @@ impl Nat {
         }
     }
 
+    /// Puts a flow into the queue, if it still is and is not in it.
     fn list(&mut self, id: FlowId) {
         if let Some(flow) = self.flows.get(id)
             && !flow.listed
@@ -401,6 +402,16 @@ impl Nat {
             flow.listed = true;
             self.ready.push_back(id);
         }
+        // Nothing is taken out while the guest takes nothing, but flows come and go.
+        if self.ready.len() > 2 * self.flows.len() + QUEUE_MIN {
+            let flows = &mut self.flows;
+            self.ready.retain(|&id| flows.get(id).is_some());
+        }
+    }
+
+    /// When the next timer may run out.
+    fn next_timer(&self) -> Option<Time> {
+        self.flows.next_timer()
     }
 
     fn opened(&mut self, id: FlowId, socket: Option<(OwnedFd, bool)>, now: Time) {
@@ -448,8 +459,8 @@ impl Nat {
         };
         let after = memory(&flow.kind);
         self.account(before, after);
-        self.list(id);
         self.settle(id, fate, now);
+        self.list(id);
     }
 
     fn account(&mut self, before: usize, after: usize) {
@@ -648,8 +659,8 @@ impl Nat {
         let fate = tcp.segment(&heard);
         let after = tcp.memory();
         self.account(before, after);
-        self.list(id);
         self.settle(id, fate, now);
+        self.list(id);
         Some(())
     }
 
@@ -762,8 +773,8 @@ impl Nat {
             };
             let after = memory(&flow.kind);
             self.account(before, after);
-            self.list(id);
             self.settle(id, fate, now);
+            self.list(id);
         }
     }
 
@@ -853,7 +864,7 @@ impl Port for Nat {
         if self.has_frames() {
             Some(Time::ZERO)
         } else {
-            self.flows.next_timer()
+            self.next_timer()
         }
     }
 

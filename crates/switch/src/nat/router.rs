@@ -69,6 +69,8 @@ impl Port for Router {
         if self.open {
             self.nat.poll(now, pool)
         } else {
+            // Time goes on whether the guest takes something or not.
+            self.nat.timers(now);
             None
         }
     }
@@ -77,7 +79,11 @@ impl Port for Router {
         if self.answers {
             return Some(Time::ZERO);
         }
-        let nat = self.nat.next_deadline().filter(|_| self.open);
+        let nat = if self.open {
+            self.nat.next_deadline()
+        } else {
+            self.nat.next_timer()
+        };
         match (nat, self.gateway.next_deadline()) {
             (Some(nat), Some(gateway)) => Some(nat.min(gateway)),
             (nat, gateway) => nat.or(gateway),

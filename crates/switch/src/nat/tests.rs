@@ -11,6 +11,7 @@ use proptest::prelude::*;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use super::*;
+use crate::gateway::{Gateway, GatewayConfig};
 use crate::nat::wire::TCP_HEADER;
 
 const GUEST: Mac = smoltcp::wire::EthernetAddress([2, 0, 0, 0, 0, 2]);
@@ -466,6 +467,43 @@ fn flows_are_limited() {
     }
     let counters = rig.nat.counters();
     assert_eq!((counters.flows, counters.refused_full), (3, 6));
+}
+
+/// A guest that takes nothing does not stop time, and does not make queues grow.
+#[test]
+fn a_guest_without_buffers_holds_nothing_up() {
+    let mut rig = rig(8, true);
+    // The guest opens connections and gives them up before the host has answered.
+    for port in 1..1000 {
+        rig.send(port, 999, 0, flag::SYN, &[]);
+        rig.send(port, 1000, 0, flag::ACK, &[]);
+        rig.send(port, 1000, 0, flag::RST, &[]);
+        assert_eq!(rig.nat.counters().flows, 0);
+        assert!(rig.nat.ready.len() <= flow::QUEUE_MIN + 2);
+    }
+    rig.send(1, 999, 0, flag::SYN, &[]);
+    rig.send(1, 1000, 0, flag::ACK, &[]);
+    let config = GatewayConfig {
+        mac: GATEWAY,
+        ipv4: None,
+        dhcp4: None,
+        ipv6: None,
+        also: vec![],
+        domain: String::new(),
+        mtu: 1500,
+    };
+    let now = rig.now();
+    let mut router = Router::new(Gateway::new(config, now), rig.nat);
+    router.set_open(false);
+    assert!(router.poll(now, &mut rig.pool).is_none());
+    let deadline = router.next_deadline().unwrap();
+    assert!(deadline > now, "there is something, but not now");
+    assert!(router.poll(deadline, &mut rig.pool).is_none());
+    assert_eq!(router.nat().counters().flows, 0);
+    assert!(router.next_deadline().is_none_or(|next| next > deadline));
+    // What it is told of that waits until there is room.
+    router.set_open(true);
+    assert!(router.poll(deadline, &mut rig.pool).is_some());
 }
 
 #[test]
