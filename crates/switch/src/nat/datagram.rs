@@ -14,7 +14,7 @@ use crate::frame::Frame;
 use crate::packet::{self, protocol};
 use crate::pool::Pool;
 
-/// What waits for the socket at most: datagrams, and their bytes.
+/// What waits for the socket, or for the guest before there was one, at most: datagrams, and their bytes.
 const WAITING_MAX: usize = 8;
 const WAITING_BYTES_MAX: usize = 64 << 10;
 /// The largest payload of UDP over IPv4 (RFC 768).
@@ -52,9 +52,16 @@ impl Datagrams {
 
     /// The peer has sent another datagram before it saw the socket for it.
     pub fn also(&mut self, payload: Vec<u8>) {
-        if self.first.len() < WAITING_MAX {
+        let bytes: usize = self.first.iter().map(Vec::len).sum();
+        if self.first.len() < WAITING_MAX && bytes + payload.len() <= WAITING_BYTES_MAX {
             self.first.push_back(payload);
         }
+    }
+
+    /// Bytes of ours that it holds.
+    pub fn memory(&self) -> usize {
+        let waiting = self.waiting.iter().chain(&self.first);
+        waiting.map(Vec::len).sum()
     }
 
     /// Its socket, once the host has given it.
@@ -66,15 +73,18 @@ impl Datagrams {
     pub fn opened(&mut self, socket: OwnedFd) {
         self.socket = Some(socket);
         for payload in std::mem::take(&mut self.waiting) {
-            self.send(&payload);
+            self.send(&payload, false);
         }
     }
 
-    /// Sends a datagram of the guest, if the host takes it now.
-    pub fn send(&mut self, payload: &[u8]) {
+    /// Sends a datagram of the guest, if the host takes it now. Without a socket it waits, if it may.
+    pub fn send(&mut self, payload: &[u8], may_wait: bool) {
         let Some(socket) = &self.socket else {
             let bytes: usize = self.waiting.iter().map(Vec::len).sum();
-            if self.waiting.len() < WAITING_MAX && bytes + payload.len() <= WAITING_BYTES_MAX {
+            if may_wait
+                && self.waiting.len() < WAITING_MAX
+                && bytes + payload.len() <= WAITING_BYTES_MAX
+            {
                 self.waiting.push(payload.to_vec());
             }
             return;

@@ -12,7 +12,9 @@
 //! thread, which waits at [`Nat::descriptor`] and calls [`Nat::service`] when that is readable.
 //!
 //! What goes to the guest is made when it is asked for ([`Port::poll`]): what the guest has no room for stays in the
-//! host's buffers. Flows are limited in number, and so is the memory that they hold.
+//! host's buffers. Flows are limited in number. The memory that they hold is limited, too ([`NatConfig::memory_max`]): beyond
+//! the limit only what the host's buffers take at once is taken of the guest, little is under way to the guest, and
+//! datagrams wait for nothing; beyond twice the limit a connection that would have to keep more ends with a reset.
 
 mod datagram;
 mod flow;
@@ -37,7 +39,7 @@ use rustix::event::epoll;
 use self::datagram::Datagrams;
 use self::flow::{FlowId, Flows, Key, Kind, QUEUE_MIN};
 pub use self::router::Router;
-use self::tcp::{Fate, Heard, Next, Tcp};
+use self::tcp::{Fate, Heard, Memory, Next, Tcp};
 use self::wire::{Ends, Segment, flag};
 use crate::checksum;
 use crate::frame::{Frame, SegmentationKind};
@@ -73,7 +75,8 @@ pub struct NatConfig {
     pub mtu: u16,
     /// Flows at most.
     pub flows_max: usize,
-    /// Bytes that all flows together may hold before windows become small.
+    /// Bytes that all flows together may hold before they are held back. Twice as much is never exceeded by more than one
+    /// connection's flight.
     pub memory_max: usize,
 }
 
@@ -250,14 +253,16 @@ impl Nat {
     /// Asks one of the host's resolvers.
     pub fn resolve(&mut self, token: u64, message: &[u8], now: Time) {
         let mut datagrams = Datagrams::default();
-        datagrams.send(message);
+        datagrams.send(message, true);
         let kind = Kind::Question(Box::new(datagrams), token);
         let wish = Wish::Resolver {
             tcp: false,
             failures: self.dns_failures,
         };
         let (key, mac) = (Key::of_question(token), self.config.mac);
+        let bytes = memory(&kind);
         if let Some(id) = self.begin(key, mac, kind, wish, now) {
+            self.account(0, bytes);
             self.settle(id, Fate::Lives, now);
         }
     }
@@ -309,7 +314,8 @@ impl Nat {
                     port,
                     payload,
                 }) => {
-                    if let Some(key) = self.key_of_peer(protocol::UDP, peer, port)
+                    if self.kept() == Memory::Ample
+                        && let Some(key) = self.key_of_peer(protocol::UDP, peer, port)
                         && !self.also(&key, &payload)
                     {
                         let datagrams = Datagrams::by_host(socket, payload);
@@ -355,7 +361,10 @@ impl Nat {
         if let Some(flow) = self.flows.get(id)
             && let Kind::Datagrams(datagrams) = &mut flow.kind
         {
+            let before = datagrams.memory();
             datagrams.also(payload.to_vec());
+            let after = datagrams.memory();
+            self.account(before, after);
         }
         self.list(id);
         true
@@ -367,6 +376,7 @@ impl Nat {
             self.counters.refused_full += 1;
             return;
         }
+        self.account(0, memory(&kind));
         let id = self.flows.add(key, self.guest_mac, kind, now);
         self.watch(id);
         self.list(id);
@@ -422,10 +432,13 @@ impl Nat {
             self.counters.refused_host += 1;
             return self.settle(id, Fate::Reset, now);
         };
+        let before = memory(&flow.kind);
         match &mut flow.kind {
             Kind::Tcp(tcp) => tcp.opened(socket, peeks),
             Kind::Datagrams(datagrams) | Kind::Question(datagrams, _) => datagrams.opened(socket),
         }
+        let after = memory(&flow.kind);
+        self.account(before, after);
         self.watch(id);
         self.settle(id, Fate::Lives, now);
     }
@@ -461,6 +474,15 @@ impl Nat {
         self.account(before, after);
         self.settle(id, fate, now);
         self.list(id);
+    }
+
+    /// How much all flows keep, by what they may.
+    fn kept(&self) -> Memory {
+        match self.memory {
+            bytes if bytes > self.config.memory_max.saturating_mul(2) => Memory::Exhausted,
+            bytes if bytes > self.config.memory_max => Memory::Scarce,
+            _ => Memory::Ample,
+        }
     }
 
     fn account(&mut self, before: usize, after: usize) {
@@ -651,12 +673,13 @@ impl Nat {
             }
             return Some(());
         };
+        let kept = self.kept();
         let flow = self.flows.get(id)?;
         let Kind::Tcp(tcp) = &mut flow.kind else {
             return Some(());
         };
         let before = tcp.memory();
-        let fate = tcp.segment(&heard);
+        let fate = tcp.segment(&heard, kept);
         let after = tcp.memory();
         self.account(before, after);
         self.settle(id, fate, now);
@@ -744,10 +767,14 @@ impl Nat {
         let Some(id) = id else {
             return;
         };
+        let may_wait = self.kept() == Memory::Ample;
         if let Some(flow) = self.flows.get(id)
             && let Kind::Datagrams(datagrams) = &mut flow.kind
         {
-            datagrams.send(payload);
+            let before = datagrams.memory();
+            datagrams.send(payload, may_wait);
+            let after = datagrams.memory();
+            self.account(before, after);
             self.list(id);
             self.settle(id, Fate::Lives, now);
         }
@@ -756,6 +783,7 @@ impl Nat {
     /// Serves the timers that have run out.
     fn timers(&mut self, now: Time) {
         while let Some(id) = self.flows.expired(now) {
+            let kept = self.kept();
             let Some(flow) = self.flows.get(id) else {
                 continue;
             };
@@ -763,7 +791,7 @@ impl Nat {
             let fate = match &mut flow.kind {
                 Kind::Tcp(tcp) => {
                     self.counters.tcp_again += 1;
-                    tcp.expired()
+                    tcp.expired(kept)
                 }
                 Kind::Datagrams(_) => Fate::Over,
                 Kind::Question(..) => {
@@ -780,7 +808,7 @@ impl Nat {
 
     /// What a flow has for the guest; the flow goes to the end of the queue if there may be more.
     fn next_of(&mut self, id: FlowId, now: Time, pool: &mut Pool) -> Option<Frame> {
-        let scarce = self.memory > self.config.memory_max;
+        let kept = self.kept();
         let (mtu, mac) = (self.config.mtu, self.config.mac);
         let flow = self.flows.get(id)?;
         let ends = Ends {
@@ -791,7 +819,7 @@ impl Nat {
         };
         let before = memory(&flow.kind);
         let next = match &mut flow.kind {
-            Kind::Tcp(tcp) => tcp.next(&flow.key, &ends, mtu, scarce, pool),
+            Kind::Tcp(tcp) => tcp.next(&flow.key, &ends, mtu, kept, pool),
             Kind::Datagrams(datagrams) => match datagrams.next(&flow.key, &ends, pool) {
                 Some(frame) => Next::Frame(frame),
                 None => Next::Nothing,
@@ -820,7 +848,7 @@ impl Nat {
 fn memory(kind: &Kind) -> usize {
     match kind {
         Kind::Tcp(tcp) => tcp.memory(),
-        Kind::Datagrams(_) | Kind::Question(..) => 0,
+        Kind::Datagrams(datagrams) | Kind::Question(datagrams, _) => datagrams.memory(),
     }
 }
 

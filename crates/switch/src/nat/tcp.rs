@@ -38,6 +38,8 @@ const SHIFT: u8 = 7;
 const PAYLOAD_MAX: usize = 65_535 - 40 - TCP_HEADER;
 /// The most that is on its way to the guest.
 const FLIGHT_MAX: u32 = 4 << 20;
+/// The same while all flows together keep too much.
+const FLIGHT_SCARCE: u32 = 64 << 10;
 /// Bytes that the guest has acknowledged and that are left in the socket, to save system calls.
 const LAG_MAX: u32 = 64 << 10;
 /// What a peer takes that names no MSS (RFC 9293 section 3.7.1).
@@ -136,6 +138,17 @@ enum Phase {
     SynReceived,
     SynSent,
     Open,
+}
+
+/// How much all flows together keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Memory {
+    /// Less than they may.
+    Ample,
+    /// More: windows are small, and what would have to be kept is left to be sent again.
+    Scarce,
+    /// Twice that: what cannot be left goes with its connection.
+    Exhausted,
 }
 
 /// What is to become of a connection.
@@ -272,7 +285,7 @@ impl Tcp {
 
     /// Bytes of ours that it holds.
     pub fn memory(&self) -> usize {
-        self.pending.len() + self.resend.len()
+        self.pending.capacity() + self.resend.capacity()
     }
 
     /// Whether a SYN of the guest begins another connection than this: not one that it has sent before.
@@ -312,7 +325,7 @@ impl Tcp {
     }
 
     /// Takes a segment of the guest.
-    pub fn segment(&mut self, heard: &Heard<'_>) -> Fate {
+    pub fn segment(&mut self, heard: &Heard<'_>, memory: Memory) -> Fate {
         if heard.has(flag::RST) {
             let possible = match self.phase {
                 Phase::SynSent => heard.has(flag::ACK) && heard.ack == self.next,
@@ -323,7 +336,7 @@ impl Tcp {
         match self.phase {
             Phase::Opening | Phase::Connecting => Fate::Lives,
             Phase::SynSent => self.answered(heard),
-            Phase::SynReceived | Phase::Open => self.received(heard),
+            Phase::SynReceived | Phase::Open => self.received(heard, memory),
         }
     }
 
@@ -346,7 +359,7 @@ impl Tcp {
         self.tries = 0;
     }
 
-    fn received(&mut self, heard: &Heard<'_>) -> Fate {
+    fn received(&mut self, heard: &Heard<'_>, memory: Memory) -> Fate {
         if heard.has(flag::SYN) || !heard.has(flag::ACK) {
             // A repeated SYN has missed our answer; others are wrong and get to know where we are.
             if self.phase == Phase::SynReceived {
@@ -367,12 +380,12 @@ impl Tcp {
             self.connected(heard);
             self.readable = true;
         }
-        if self.acknowledged(heard) == Fate::Reset {
+        if self.acknowledged(heard, memory) == Fate::Reset {
             return Fate::Reset;
         }
         if heard.len() > 0 {
             self.owes_ack = true;
-            if self.data(heard) == Fate::Reset {
+            if self.data(heard, memory) == Fate::Reset {
                 return Fate::Reset;
             }
         }
@@ -380,7 +393,7 @@ impl Tcp {
     }
 
     /// Takes what the guest says of what we sent.
-    fn acknowledged(&mut self, heard: &Heard<'_>) -> Fate {
+    fn acknowledged(&mut self, heard: &Heard<'_>, memory: Memory) -> Fate {
         let window = u32::from(heard.window) << self.shift.unwrap_or(0);
         if before(heard.ack, self.una) || before(self.top, heard.ack) {
             // Old, or of what was never sent.
@@ -392,9 +405,9 @@ impl Tcp {
             let repeats = heard.len() == 0 && window == self.window && self.next != self.una;
             self.window = window;
             if repeats {
-                self.repeated += 1;
+                self.repeated = self.repeated.saturating_add(1);
                 if self.repeated == 3 {
-                    return self.rewind();
+                    return self.rewind(memory);
                 }
             }
             return Fate::Lives;
@@ -412,6 +425,9 @@ impl Tcp {
         }
         let kept = bytes.min(self.resend.len() as u32);
         self.resend.drain(..kept as usize);
+        if self.resend.is_empty() {
+            self.resend.shrink_to_fit();
+        }
         if self.peeks {
             self.lag += bytes - kept;
         }
@@ -442,13 +458,17 @@ impl Tcp {
     }
 
     /// Has everything sent again that the guest has not acknowledged.
-    fn rewind(&mut self) -> Fate {
+    fn rewind(&mut self, memory: Memory) -> Fate {
         if self.take_out() == Fate::Reset {
             return Fate::Reset;
         }
         let fin = self.fin_at.is_some_and(|at| before(at, self.next));
         let bytes = self.next.wrapping_sub(self.una) as usize - usize::from(fin);
         let mut missing = bytes.saturating_sub(self.resend.len());
+        if missing > 0 && memory == Memory::Exhausted {
+            return Fate::Reset;
+        }
+        self.resend.reserve_exact(missing);
         let mut piece = [0; 4096];
         while missing > 0 {
             let Some(socket) = &self.socket else {
@@ -470,7 +490,7 @@ impl Tcp {
     }
 
     /// Takes the payload of a segment that begins in the window.
-    fn data(&mut self, heard: &Heard<'_>) -> Fate {
+    fn data(&mut self, heard: &Heard<'_>, memory: Memory) -> Fate {
         let known = self.heard.wrapping_sub(heard.seq);
         // What comes before its time is left to be sent again.
         let Some(fresh) = heard.payload.get(known as usize..) else {
@@ -480,17 +500,23 @@ impl Tcp {
             return Fate::Lives;
         }
         let room = self.edge.wrapping_sub(self.heard) as usize;
-        let whole = fresh.len() <= room;
-        let fresh = fresh.get(..room).unwrap_or(fresh);
-        self.heard = self.heard.wrapping_add(fresh.len() as u32);
-        let mut rest = fresh;
+        let mut whole = fresh.len() <= room;
+        let mut rest = fresh.get(..room).unwrap_or(fresh);
         if self.pending.is_empty() && !rest.is_empty() {
             match self.write(rest) {
-                Ok(count) => rest = rest.get(count..).unwrap_or_default(),
+                Ok(count) => {
+                    self.heard = self.heard.wrapping_add(count as u32);
+                    rest = rest.get(count..).unwrap_or_default();
+                }
                 Err(_) => return Fate::Reset,
             }
         }
-        self.pending.extend(rest);
+        if memory == Memory::Ample {
+            self.heard = self.heard.wrapping_add(rest.len() as u32);
+            self.pending.extend(rest);
+        } else {
+            whole &= rest.is_empty();
+        }
         if heard.has(flag::FIN) && whole {
             self.guest_ended = true;
             self.heard = self.heard.wrapping_add(1);
@@ -529,6 +555,7 @@ impl Tcp {
                 Err(_) => return Fate::Reset,
             }
         }
+        self.pending.shrink_to_fit();
         if self.guest_ended && !self.told_host {
             self.told_host = true;
             self.owes_ack = true;
@@ -549,13 +576,13 @@ impl Tcp {
         }
     }
 
-    /// The next segment for the guest. `scarce` makes windows small.
+    /// The next segment for the guest.
     pub fn next(
         &mut self,
         key: &Key,
         ends: &Ends,
         mtu: u16,
-        scarce: bool,
+        memory: Memory,
         pool: &mut Pool,
     ) -> Next {
         match self.phase {
@@ -567,20 +594,20 @@ impl Tcp {
             }
             Phase::Open => {}
         }
-        match self.bytes(key, ends, mtu, scarce, pool) {
+        match self.bytes(key, ends, mtu, memory, pool) {
             Next::Nothing => {}
             other => return other,
         }
         let numbers_left = self.fin_at.is_some_and(|at| at == self.next);
         let all_sent = self.host_ended && self.fin_at.is_none();
         if numbers_left || all_sent {
-            let segment = self.header(key, flag::FIN | flag::ACK, scarce);
+            let segment = self.header(key, flag::FIN | flag::ACK, memory);
             self.fin_at = Some(self.next);
             self.sent(1);
             return Next::Frame(wire::tcp_control(pool, ends, &segment));
         }
         if self.owes_ack {
-            let segment = self.header(key, flag::ACK, scarce);
+            let segment = self.header(key, flag::ACK, memory);
             return Next::Frame(wire::tcp_control(pool, ends, &segment));
         }
         match self.fate() {
@@ -619,13 +646,13 @@ impl Tcp {
     }
 
     /// The fields of a segment that goes now; it acknowledges what the host has taken.
-    fn header(&mut self, key: &Key, flags: u8, scarce: bool) -> Segment<'static> {
+    fn header(&mut self, key: &Key, flags: u8, memory: Memory) -> Segment<'static> {
         let owed = u32::from(self.guest_ended && !self.told_host) + self.pending.len() as u32;
         let ack = self.heard.wrapping_sub(owed);
-        let window = match (self.shift, scarce) {
-            (_, true) => WINDOW_SCARCE,
-            (None, _) => u32::from(u16::MAX),
-            (Some(_), false) => WINDOW,
+        let window = match (self.shift, memory) {
+            (None, Memory::Ample) => u32::from(u16::MAX),
+            (Some(_), Memory::Ample) => WINDOW,
+            _ => WINDOW_SCARCE,
         };
         let shift = self.shift.map_or(0, |_| SHIFT);
         let field = (window >> shift).min(u32::from(u16::MAX));
@@ -659,16 +686,24 @@ impl Tcp {
     }
 
     /// The next segment with data.
-    fn bytes(&mut self, key: &Key, ends: &Ends, mtu: u16, scarce: bool, pool: &mut Pool) -> Next {
+    fn bytes(&mut self, key: &Key, ends: &Ends, mtu: u16, memory: Memory, pool: &mut Pool) -> Next {
         if self.fin_at.is_some_and(|at| !before(self.next, at)) {
             return Next::Nothing;
         }
         let flight = self.next.wrapping_sub(self.una);
-        let window = self.window.min(FLIGHT_MAX).max(u32::from(self.probe));
+        let flight_max = match memory {
+            Memory::Ample => FLIGHT_MAX,
+            Memory::Scarce | Memory::Exhausted => FLIGHT_SCARCE,
+        };
+        let window = self.window.min(flight_max).max(u32::from(self.probe));
         let room = window.saturating_sub(flight) as usize;
         let again = self.resend.len().saturating_sub(flight as usize);
         if room == 0 || (again == 0 && (!self.readable || self.host_ended)) {
             return Next::Nothing;
+        }
+        // Without looking, all that is under way is kept here.
+        if again == 0 && !self.peeks && memory == Memory::Exhausted {
+            return Next::Fate(Fate::Reset);
         }
         let mss = usize::from(
             self.mss
@@ -706,7 +741,7 @@ impl Tcp {
         } else {
             flag::ACK
         };
-        let segment = self.header(key, flags, scarce);
+        let segment = self.header(key, flags, memory);
         wire::tcp(&mut frame, ends, &segment, count);
         self.sent(count as u32);
         Next::Frame(frame)
@@ -749,7 +784,7 @@ impl Tcp {
         let segment = Segment {
             flags: flag::RST | flag::ACK,
             window: 0,
-            ..self.header(key, 0, false)
+            ..self.header(key, 0, Memory::Ample)
         };
         wire::tcp_control(pool, ends, &segment)
     }
@@ -770,7 +805,7 @@ impl Tcp {
     }
 
     /// Nothing has happened for too long.
-    pub fn expired(&mut self) -> Fate {
+    pub fn expired(&mut self, memory: Memory) -> Fate {
         self.tries += 1;
         match self.phase {
             Phase::Opening | Phase::Connecting => Fate::Reset,
@@ -783,7 +818,7 @@ impl Tcp {
                 }
             }
             Phase::Open if self.tries > TRIES => Fate::Reset,
-            Phase::Open if self.next != self.una => self.rewind(),
+            Phase::Open if self.next != self.una => self.rewind(memory),
             Phase::Open if self.window == 0 && self.readable => {
                 self.probe = true;
                 Fate::Lives

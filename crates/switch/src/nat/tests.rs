@@ -23,6 +23,7 @@ struct Loopback {
     incoming: Receiver<Answer>,
     bell: OwnedFd,
     refuses: bool,
+    peeks: bool,
 }
 
 impl Host for Loopback {
@@ -36,7 +37,7 @@ impl Host for Loopback {
                 .ok(),
             _ => None,
         };
-        let socket = socket.map(|socket| (socket, false));
+        let socket = socket.map(|socket| (socket, self.peeks));
         self.answers.push_back(Answer::Socket { flow, socket });
         rustix::io::write(&self.bell, &1_u64.to_ne_bytes()).is_ok()
     }
@@ -63,12 +64,18 @@ struct Rig {
 }
 
 fn rig(flows_max: usize, refuses: bool) -> Rig {
+    rig_with(flows_max, refuses, false)
+}
+
+/// With `peeks` and without `SO_PEEK_OFF`, a second look sees the same bytes again.
+fn rig_with(flows_max: usize, refuses: bool, peeks: bool) -> Rig {
     let (incoming, receiver) = channel();
     let host = Loopback {
         answers: VecDeque::new(),
         incoming: receiver,
         bell: eventfd(0, EventfdFlags::NONBLOCK).unwrap(),
         refuses,
+        peeks,
     };
     let config = NatConfig {
         mac: GATEWAY,
@@ -291,6 +298,83 @@ fn nothing_is_acknowledged_that_the_host_has_not_taken() {
         let _ = peer.read(&mut vec![0; 1 << 20]);
     }
     assert_eq!(acked, sent);
+}
+
+#[test]
+fn what_may_not_be_kept_is_left_to_be_sent_again() {
+    const TOTAL: usize = 8 << 20;
+    let mut rig = rig(8, false);
+    rig.nat.config.memory_max = 10_000;
+    let (listener, port) = listener();
+    let (seq, mut peer) = rig.connect(&listener);
+    peer.set_nonblocking(true).unwrap();
+    let bytes: Vec<u8> = (0..TOTAL).map(|at| (at % 251) as u8).collect();
+    let (mut sent, mut acked, mut edge) = (0, 0, 65_535);
+    let (mut taken, mut room) = (0, vec![0; 256 << 10]);
+    let (mut again, mut kept) = (0, 0);
+    while taken < TOTAL {
+        let before = acked;
+        while sent < TOTAL && edge - sent >= 1400 {
+            let piece = &bytes[sent..TOTAL.min(sent + 1400)];
+            rig.send(port, 1000 + sent as u32, seq, flag::ACK, piece);
+            sent += piece.len();
+            kept = kept.max(rig.nat.memory);
+        }
+        while let Some(frame) = rig.poll() {
+            let Ok(Content::Ip(ip)) = packet::content(frame.bytes()) else {
+                panic!()
+            };
+            let (_, _, heard) = Heard::parse(ip.payload(frame.bytes())).unwrap();
+            acked = heard.ack as usize - 1000;
+            edge = acked + usize::from(heard.window);
+        }
+        if acked > before {
+            continue;
+        }
+        // The host takes no more: the peer reads, and what was left is sent again.
+        while let Ok(count @ 1..) = peer.read(&mut room) {
+            assert_eq!(room[..count], bytes[taken..taken + count]);
+            taken += count;
+        }
+        again += usize::from(sent > acked);
+        sent = acked;
+        let now = rig.now();
+        rig.nat.service(now);
+    }
+    assert!(again > 0 && kept > 10_000 && kept <= 20_000, "{kept}");
+    assert_eq!(rig.nat.memory, 0);
+}
+
+#[test]
+fn a_connection_that_there_is_no_memory_for_is_reset() {
+    for peeks in [false, true] {
+        let mut rig = rig_with(8, false, peeks);
+        let (listener, port) = listener();
+        let (seq, mut peer) = rig.connect(&listener);
+        if peeks {
+            // Looking keeps nothing, sending again would.
+            peer.write_all(b"once").unwrap();
+            assert_eq!(rig.heard().payload, b"once");
+        }
+        rig.nat.config.memory_max = 10_000;
+        rig.nat.memory += 20_001;
+        if peeks {
+            rig.ahead += Duration::from_secs(1);
+        } else {
+            peer.write_all(b"once").unwrap();
+        }
+        let end = rig.heard();
+        assert_eq!(end.flags, flag::RST | flag::ACK);
+        assert_eq!(end.seq, seq + 4 * u32::from(peeks));
+        assert_eq!((rig.nat.counters().flows, rig.nat.memory), (0, 20_001));
+        assert!(peer.read(&mut [0; 9]).is_err(), "the peer is reset");
+        // Nothing of a datagram is kept, either.
+        let wants = from_guest(protocol::UDP, |frame, ends| {
+            wire::udp(frame, ends, 5000, port, 3)
+        });
+        rig.say(wants);
+        assert_eq!((rig.nat.counters().flows, rig.nat.memory), (1, 20_001));
+    }
 }
 
 #[test]
