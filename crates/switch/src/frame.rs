@@ -40,7 +40,7 @@ pub struct Segmentation {
     pub kind: SegmentationKind,
     /// Payload bytes of each packet but the last.
     pub size: u16,
-    /// Bytes of all headers as the sender says. A hint: [`Segments`] finds the headers itself.
+    /// Bytes of all headers: as the sender says, and from the switch's ingress on as they are.
     pub header_len: u16,
 }
 

@@ -1,6 +1,6 @@
 //! Segmentation in software: one large TCP or UDP frame becomes the packets that it stands for.
 
-use crate::frame::{Frame, SegmentationKind};
+use crate::frame::{Frame, Segmentation, SegmentationKind};
 use crate::packet::{self, Ip, protocol};
 use crate::pool::Pool;
 use crate::{checksum, frame};
@@ -23,6 +23,77 @@ pub enum SegmentsError {
     WrongHeaders,
 }
 
+/// What a frame's headers are, whatever its offload says.
+#[derive(Debug)]
+struct Layout {
+    ip: Ip,
+    /// Bytes of all headers.
+    headers: usize,
+    /// Bytes from the transport's header to its checksum.
+    field: u16,
+}
+
+/// Finds the headers of a frame that is one whole packet of TCP or UDP.
+fn layout(bytes: &[u8]) -> Option<Layout> {
+    let (_, at) = packet::payload(bytes)?;
+    let ip = packet::ip(bytes, at).ok()?;
+    let (len, field) = match ip.protocol {
+        protocol::TCP => {
+            let words = bytes.get(ip.transport.checked_add(12)?)? >> 4;
+            (usize::from(words) * 4, 16)
+        }
+        protocol::UDP => (8, 6),
+        _ => return None,
+    };
+    let headers = ip.transport.checked_add(len)?;
+    let whole = headers <= ip.end && ip.fragment.is_none() && len > usize::from(field);
+    whole.then_some(Layout { ip, headers, field })
+}
+
+/// The layout of a frame that asks for segmentation.
+fn segmentable(frame: &Frame) -> Result<(Segmentation, Layout), SegmentsError> {
+    let how = frame.offload.segmentation.ok_or(SegmentsError::NotAsked)?;
+    if how.size < SIZE_MIN {
+        return Err(SegmentsError::TooSmall(how.size));
+    }
+    let layout = layout(frame.bytes()).ok_or(SegmentsError::WrongHeaders)?;
+    let fits = matches!(
+        (how.kind, layout.ip.protocol, layout.ip.source),
+        (SegmentationKind::Tcp4, protocol::TCP, IpAddr::V4(_))
+            | (SegmentationKind::Tcp6, protocol::TCP, IpAddr::V6(_))
+            | (SegmentationKind::Udp, protocol::UDP, _)
+    );
+    fits.then_some((how, layout))
+        .ok_or(SegmentsError::WrongHeaders)
+}
+
+/// Makes of a sender's offload one that a receiver may believe: positions and lengths are those of the frame's headers. A
+/// checksum that is neither TCP's nor UDP's is computed. False if the offload makes no sense.
+pub(crate) fn check(frame: &mut Frame) -> bool {
+    let Some(missing) = frame.offload.needs_checksum else {
+        // A segmented frame has no checksum that could be right.
+        return frame.offload.segmentation.is_none();
+    };
+    let at = |layout: &Layout| {
+        usize::from(missing.start) == layout.ip.transport && missing.offset == layout.field
+    };
+    if frame.offload.segmentation.is_none() {
+        return layout(frame.bytes()).is_some_and(|layout| at(&layout))
+            || usize::from(missing.start) >= packet::ETHERNET_HEADER && frame.finish_checksum();
+    }
+    let Ok((_, layout)) = segmentable(frame) else {
+        return false;
+    };
+    let (Some(how), Ok(headers)) = (
+        &mut frame.offload.segmentation,
+        u16::try_from(layout.headers),
+    ) else {
+        return false;
+    };
+    how.header_len = headers;
+    at(&layout)
+}
+
 /// Yields the packets of a frame, one at a time, so that a large frame never costs more than its own memory.
 #[derive(Debug)]
 pub struct Segments {
@@ -40,27 +111,7 @@ pub struct Segments {
 
 impl Segments {
     pub(crate) fn new(whole: Frame) -> Result<Segments, SegmentsError> {
-        let how = whole.offload.segmentation.ok_or(SegmentsError::NotAsked)?;
-        if how.size < SIZE_MIN {
-            return Err(SegmentsError::TooSmall(how.size));
-        }
-        let bytes = whole.bytes();
-        let (_, at) = packet::payload(bytes).ok_or(SegmentsError::WrongHeaders)?;
-        let ip = packet::ip(bytes, at).map_err(|_| SegmentsError::WrongHeaders)?;
-        let transport = match (how.kind, ip.protocol, ip.source) {
-            (SegmentationKind::Tcp4, protocol::TCP, IpAddr::V4(_))
-            | (SegmentationKind::Tcp6, protocol::TCP, IpAddr::V6(_)) => {
-                let words = bytes.get(ip.transport.saturating_add(12)).map(|at| at >> 4);
-                let len = usize::from(words.unwrap_or(0)) * 4;
-                if len >= 20 { Some(len) } else { None }
-            }
-            (SegmentationKind::Udp, protocol::UDP, _) => Some(8),
-            _ => None,
-        };
-        let headers = transport.and_then(|len| ip.transport.checked_add(len));
-        let headers = headers
-            .filter(|&headers| headers <= ip.end && ip.fragment.is_none())
-            .ok_or(SegmentsError::WrongHeaders)?;
+        let (how, Layout { ip, headers, .. }) = segmentable(&whole)?;
         Ok(Segments {
             ip,
             kind: how.kind,
@@ -95,14 +146,6 @@ impl Segments {
         self.count = self.count.wrapping_add(1);
         self.finished = last;
         Some(segment)
-    }
-
-    /// Bytes of the longest of these packets, without Ethernet header and tags.
-    pub fn payload_len(&self) -> usize {
-        let data = self.ip.end.saturating_sub(self.headers).min(self.size);
-        self.headers
-            .saturating_sub(self.ip.header)
-            .saturating_add(data)
     }
 
     /// The frame itself, for its buffer to be used again.
@@ -170,7 +213,7 @@ impl Segments {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frame::{NeedsChecksum, Segmentation};
+    use crate::frame::NeedsChecksum;
     use crate::gateway::reply::{self, Addresses};
     use crate::packet::Mac;
     use crate::{Capabilities, Offload};
@@ -343,6 +386,37 @@ mod tests {
                     .verify_checksum(&source, &destination),
             };
             assert!(right);
+        }
+    }
+
+    #[test]
+    fn an_offload_is_what_the_headers_say() {
+        let good = || large(SegmentationKind::Udp, false, 5000, 1000, 1);
+        let mut frame = good();
+        frame.offload.segmentation.as_mut().unwrap().header_len = 3;
+        assert!(check(&mut frame));
+        assert_eq!(frame, good(), "the length is the computed one");
+        let changes: [fn(&mut Offload); 5] = [
+            |offload| offload.needs_checksum = None,
+            |offload| offload.needs_checksum.as_mut().unwrap().start += 2,
+            |offload| offload.needs_checksum.as_mut().unwrap().offset += 2,
+            |offload| offload.segmentation.as_mut().unwrap().size = SIZE_MIN - 1,
+            |offload| offload.segmentation.as_mut().unwrap().kind = SegmentationKind::Tcp4,
+        ];
+        for change in changes {
+            let mut frame = good();
+            change(&mut frame.offload);
+            assert!(!check(&mut frame), "{:?}", frame.offload);
+        }
+        // A checksum alone stays missing where it is TCP's or UDP's, and is computed elsewhere.
+        let mut frame = good();
+        frame.offload.segmentation = None;
+        assert!(check(&mut frame) && frame.offload.needs_checksum.is_some());
+        frame.offload.needs_checksum.as_mut().unwrap().offset = 8;
+        assert!(check(&mut frame) && frame.offload.needs_checksum.is_none());
+        for (start, offset) in [(13, 6), (60, u16::MAX), (u16::MAX, 0)] {
+            frame.offload.needs_checksum = Some(NeedsChecksum { start, offset });
+            assert!(!check(&mut frame));
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::config::{Mirror, PortConfig, PortId, SwitchConfig, SwitchError};
 use crate::counters::{DropReason, PortCounters};
-use crate::frame::{Captured, Frame, MAX_FRAME};
+use crate::frame::{Captured, Frame, MAX_FRAME, Offload};
 use crate::gateway::reply;
 use crate::guard::{Claims, Sender};
 use crate::packet::{self, Content, Mac};
@@ -15,7 +15,7 @@ use crate::pool::Pool;
 use crate::port::Port;
 use crate::queue::{CLASSES, QueueCounters, Queues, class_of};
 use crate::rate::{Bucket, Limit};
-use crate::segment::Segments;
+use crate::segment::{self, Segments};
 use crate::table::MacTable;
 use crate::time::Time;
 use crate::vlan::Vid;
@@ -288,6 +288,10 @@ impl Switch {
                 continue;
             }
             let mut copy = self.pool.duplicate(frame);
+            if direction == Direction::In && !segment::check(&mut copy) {
+                // It goes nowhere else, and its bytes are what they are.
+                copy.offload = Offload::default();
+            }
             copy.captured = Some(Captured {
                 port,
                 direction,
@@ -407,7 +411,7 @@ impl Switch {
         if !(packet::ETHERNET_HEADER..=MAX_FRAME).contains(&len) {
             return Err(DropReason::Malformed);
         }
-        if !offload_fits(frame) {
+        if !segment::check(frame) {
             return Err(DropReason::BadOffload);
         }
         if source.is_multicast() || source.0 == [0; 6] {
@@ -562,9 +566,7 @@ impl Switch {
                 return;
             }
         }
-        if frame.offload.segmentation.is_none()
-            && payload_len(frame.bytes(), frame.len()) > usize::from(state.config.mtu)
-        {
+        if payload_len(&frame) > usize::from(state.config.mtu) {
             state.counters.drop(DropReason::TooBig, 1);
             self.pool.put(frame);
             return;
@@ -653,10 +655,6 @@ impl Switch {
                 continue;
             }
             match frame.segments() {
-                Ok(segments) if segments.payload_len() > usize::from(state.config.mtu) => {
-                    state.counters.drop(DropReason::TooBig, 1);
-                    self.pool.put(segments.into_frame());
-                }
                 Ok(segments) => state.segments = Some(segments),
                 Err(_) => state.counters.drop(DropReason::BadOffload, 1),
             }
@@ -712,21 +710,16 @@ fn packets(frame: &Frame) -> u64 {
     }
 }
 
-/// Bytes behind the Ethernet header and tags of a frame of `len` bytes.
-fn payload_len(frame: &[u8], len: usize) -> usize {
-    packet::payload(frame).map_or(len, |(_, at)| len.saturating_sub(at))
-}
-
-/// Whether the positions that an offload names lie in the frame.
-fn offload_fits(frame: &Frame) -> bool {
-    let missing = frame.offload.needs_checksum.is_none_or(|missing| {
-        let field = usize::from(missing.start).saturating_add(usize::from(missing.offset));
-        usize::from(missing.start) >= packet::ETHERNET_HEADER
-            && field.saturating_add(2) <= frame.len()
-    });
-    // A segmented frame has no checksum that could be right.
-    let segmented = frame.offload.segmentation.is_none() || frame.offload.needs_checksum.is_some();
-    missing && segmented
+/// Bytes behind the Ethernet header and tags of a frame, or of the longest packet that it stands for.
+fn payload_len(frame: &Frame) -> usize {
+    let len = match frame.offload.segmentation {
+        Some(how) => {
+            let headers = usize::from(how.header_len);
+            frame.len().min(headers.saturating_add(how.size.into()))
+        }
+        None => frame.len(),
+    };
+    packet::payload(frame.bytes()).map_or(len, |(_, at)| len.saturating_sub(at))
 }
 
 /// One round between a switch and what hangs on its ports: takes up to `batch` frames of each port into the switch, then

@@ -541,13 +541,32 @@ fn large_frames_are_cut_only_for_receivers_that_need_it() {
     });
     switch.receive(ports[0], large.clone(), Time::ZERO);
     let whole = all(&mut switch, ports[1]);
-    assert_eq!(whole, [large]);
+    assert_eq!(whole, [large.clone()]);
     let cut = all(&mut switch, ports[2]);
     assert_eq!(cut.len(), 10);
     assert!(
         cut.iter()
             .all(|frame| frame.len() == 42 + 1000 && frame.offload.needs_checksum.is_none())
     );
+    // What a receiver would believe is checked, whatever it takes.
+    let mut untrue = large.clone();
+    untrue.offload.needs_checksum = Some(NeedsChecksum {
+        start: 26,
+        offset: 2,
+    });
+    switch.receive(ports[0], untrue, Time::ZERO);
+    let mut too_long = large;
+    too_long.offload.segmentation = Some(Segmentation {
+        kind: SegmentationKind::Udp,
+        size: 1473,
+        header_len: 0,
+    });
+    switch.receive(ports[0], too_long, Time::ZERO);
+    let dropped = |port: usize, reason| switch.counters(ports[port]).unwrap().dropped(reason);
+    assert_eq!(dropped(0, DropReason::BadOffload), 1);
+    assert_eq!(dropped(1, DropReason::TooBig), 1);
+    assert_eq!(dropped(2, DropReason::TooBig), 1);
+    assert_eq!(all(&mut switch, ports[1]), []);
     // Too long for a wire, and nothing says how to cut it.
     switch.receive(
         ports[0],
@@ -559,7 +578,7 @@ fn large_frames_are_cut_only_for_receivers_that_need_it() {
             .counters(ports[2])
             .unwrap()
             .dropped(DropReason::TooBig),
-        1
+        2
     );
 }
 
