@@ -69,13 +69,22 @@ pub fn obstacle() -> Option<String> {
 
 /// The lab as a part of the tests: whole, with what they have built, and the kernel of their image.
 pub fn run_in_tests() -> Result<()> {
-    let mut command = shell::command(env::current_exe().context("xtask has no path")?);
+    let mut command = shell::command(own_path()?);
     command.args(["lab", "--workspace"]);
     let cache = shell::target_dir().join("debug/e2e/cache");
     if cache.join("images/tiny.json").is_file() {
         command.env("STRATA_CACHE", cache);
     }
     shell::run(&mut command)
+}
+
+/// Where this program is. The build of the tests may have replaced its file, of which Linux says that it is deleted.
+fn own_path() -> Result<PathBuf> {
+    let path = env::current_exe().context("xtask has no path")?;
+    let replaced = path
+        .to_str()
+        .and_then(|path| path.strip_suffix(" (deleted)"));
+    Ok(replaced.map(PathBuf::from).unwrap_or(path))
 }
 
 /// What the script in the outer machine says when a check has passed.
