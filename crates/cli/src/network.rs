@@ -278,8 +278,7 @@ fn joined_port(port: &mut NetworkPort, joined: Joined) -> (Cable, OwnedFd) {
     port.ring = joined.size;
     let cable = Cable {
         ring: joined.ring,
-        doorbell: joined.doorbell,
-        wake: joined.wake,
+        bell: joined.bell,
     };
     (cable, joined.connection)
 }

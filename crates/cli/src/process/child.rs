@@ -112,14 +112,10 @@ fn machine(
     let gdb = if launch.gdb { given.next() } else { None };
     let line = if launch.network { given.next() } else { None };
     let cable = match launch.cable {
-        true => given.next().zip(given.next()).zip(given.next()),
+        true => given.next().zip(given.next()),
         false => None,
     };
-    let cable = cable.map(|((ring, doorbell), wake)| Cable {
-        ring,
-        doorbell,
-        wake,
-    });
+    let cable = cable.map(|(ring, bell)| Cable { ring, bell });
     if line.is_some() {
         raise_descriptors();
     }

@@ -8,7 +8,7 @@
 //!     3 ◀──▶ lines of JSON: Launch and requests     7 gdb's socket, listening
 //!       go in, Said comes out                       8 ◀──▶ wishes for sockets go out, sockets come back
 //!                                                   (5 and 6, 7, and 8 only if the launch says so; in the place of
-//!                                                    8 the ring of a port on a shared network, and two eventfds)
+//!                                                    8 the ring of a port on a shared network, and what wakes both)
 //! ```
 //!
 //! The process in front keeps the terminal, the signals, the run directory and all that is done in the user's name. It

@@ -84,11 +84,7 @@ impl MachineProcess {
         };
         given.extend(network.as_ref().map(|(theirs, ..)| theirs.as_fd()));
         if let Some((cable, _)) = &ends.cable {
-            given.extend([
-                cable.ring.as_fd(),
-                cable.doorbell.as_fd(),
-                cable.wake.as_fd(),
-            ]);
+            given.extend([cable.ring.as_fd(), cable.bell.as_fd()]);
         }
         let namespaces = launch.jail != super::Jail::None;
         let (pid, granted) = run(&given, &[WORD, &ends.name], namespaces)?;

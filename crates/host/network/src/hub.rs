@@ -8,16 +8,18 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use rustix::buffer::spare_capacity;
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::event::{Timespec, epoll};
+use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 use strata_switch::gateway::{Gateway, GatewayConfig};
+use strata_switch::packet::Mac;
 use strata_switch::ring::{Ring, Side};
 use strata_switch::vxlan::{Vxlan, VxlanConfig};
 use strata_switch::{
     Guard, Port, PortConfig, PortId, Switch, SwitchConfig, SwitchError, Time, Vid, VidSet, VlanMode,
 };
 
-use crate::join::{ring_bell, silence};
+use crate::bell;
 use crate::protocol::{self, Hello, PortRequest, ProtocolError, VERSION, Welcome};
 
 /// Bytes of each direction of a ring.
@@ -28,6 +30,8 @@ const BATCH: usize = 64;
 const PORTS_MAX: usize = 1024;
 /// How long the first machine may take to come.
 const FIRST_MACHINE: Duration = Duration::from_secs(20);
+/// How long a connection may take to say what it is.
+const GREETING: Duration = Duration::from_secs(5);
 /// Rounds without a look at sockets.
 const ROUNDS_MAX: usize = 64;
 /// The VLAN in which the gateway is.
@@ -58,16 +62,16 @@ pub struct Uplink {
 
 struct Machine {
     connection: OwnedFd,
+    since: Time,
     port: Option<Attached>,
 }
 
 struct Attached {
     id: PortId,
+    mac: Mac,
     ring: Ring,
-    /// The machine rings it.
-    doorbell: OwnedFd,
-    /// We ring it.
-    wake: OwnedFd,
+    /// Our end: it becomes readable when the machine rings.
+    bell: OwnedFd,
 }
 
 /// A network's switch with all that hangs on it. See the crate's first page.
@@ -124,21 +128,18 @@ impl Hub {
             }
         };
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let wait = |token, fd| {
-            epoll::add(
-                &epoll,
-                fd,
-                epoll::EventData::new_u64(token),
-                epoll::EventFlags::IN,
-            )
+        let wait = |token, fd, flags| {
+            let token = epoll::EventData::new_u64(token);
+            epoll::add(&epoll, fd, token, epoll::EventFlags::IN | flags)
         };
-        wait(LISTENER, listener.as_fd())?;
+        // Told once: connections for which there is no descriptor wait until one is free.
+        wait(LISTENER, listener.as_fd(), epoll::EventFlags::ET)?;
         rustix::io::ioctl_fionbio(&listener, true)?;
         let uplink = match uplink {
             None => None,
             Some(uplink) => {
                 uplink.socket.set_nonblocking(true)?;
-                wait(UPLINK, uplink.socket.as_fd())?;
+                wait(UPLINK, uplink.socket.as_fd(), epoll::EventFlags::empty())?;
                 let port = PortConfig {
                     name: "uplink".to_owned(),
                     mtu: config.mtu,
@@ -188,24 +189,7 @@ impl Hub {
                     break;
                 }
             }
-            // Only what says that it sleeps is woken, so all must have said so before the thread does.
-            let awake = busy
-                || self
-                    .machines
-                    .values()
-                    .filter_map(|one| one.port.as_ref())
-                    .any(|port| !port.ring.sleep());
-            let deadline = self.switch.next_deadline();
-            let gateway = self
-                .gateway
-                .as_ref()
-                .and_then(|(_, gateway)| gateway.next_deadline());
-            let until = gateway.map_or(deadline, |other| deadline.min(other));
-            let pause = if awake {
-                Duration::ZERO
-            } else {
-                until.since(self.now())
-            };
+            let pause = if busy { Duration::ZERO } else { self.pause() };
             let pause = Timespec::try_from(pause).map_err(io::Error::other)?;
             events.clear();
             match epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&pause)) {
@@ -215,44 +199,84 @@ impl Hub {
             for event in &events {
                 let token = event.data.u64();
                 match token {
-                    LISTENER => self.accept()?,
+                    LISTENER => self.accept(),
                     UPLINK => {}
                     _ if (token - FIRST).is_multiple_of(2) => self.connection((token - FIRST) / 2),
                     _ => {
-                        let port = self
-                            .machines
-                            .get(&((token - FIRST) / 2))
-                            .and_then(|one| one.port.as_ref());
-                        if let Some(port) = port {
-                            silence(&port.doorbell);
+                        let token = (token - FIRST) / 2;
+                        let machine = self.machines.get(&token);
+                        let port = machine.and_then(|one| one.port.as_ref());
+                        if port.is_some_and(|port| !bell::silence(&port.bell)) {
+                            self.leave(token);
                         }
                     }
                 }
             }
+            self.drop_silent();
         }
         Ok(())
     }
 
-    /// Takes new connections in.
-    fn accept(&mut self) -> io::Result<()> {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let Ok(connection) = accept_with(&self.listener, flags) else {
-            return Ok(());
-        };
-        if self.machines.len() >= PORTS_MAX {
-            return Ok(());
+    /// How long the thread may sleep. Only what says that it sleeps is woken, so all must have said so before it does.
+    fn pause(&mut self) -> Duration {
+        let now = self.now();
+        let gateway = self.gateway.as_ref();
+        let gateway = gateway.and_then(|(_, gateway)| gateway.next_deadline());
+        let deadline = self.switch.next_deadline();
+        let mut until = gateway.map_or(deadline, |other| deadline.min(other));
+        for machine in self.machines.values() {
+            let Some(port) = &machine.port else {
+                until = until.min(machine.since.after(GREETING));
+                continue;
+            };
+            // What its limit holds back waits in the ring until then.
+            let held = self.switch.may_receive(port.id, now);
+            if held > now {
+                until = until.min(held);
+            } else if !port.ring.sleep() {
+                return Duration::ZERO;
+            }
         }
-        let token = self.next;
-        self.next += 1;
-        self.wait(FIRST + 2 * token, connection.as_fd())?;
-        self.machines.insert(
-            token,
-            Machine {
-                connection,
-                port: None,
-            },
-        );
-        Ok(())
+        until.since(now)
+    }
+
+    /// Takes new connections in.
+    fn accept(&mut self) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        loop {
+            let connection = match accept_with(&self.listener, flags) {
+                Ok(connection) => connection,
+                Err(Errno::INTR | Errno::CONNABORTED) => continue,
+                // None is there, or no descriptor: then again when one that leaves has freed some.
+                Err(_) => return,
+            };
+            let token = self.next;
+            // One that there is no room for is closed, and sees that.
+            if self.machines.len() < PORTS_MAX
+                && self.wait(FIRST + 2 * token, connection.as_fd()).is_ok()
+            {
+                self.next += 1;
+                let machine = Machine {
+                    connection,
+                    since: self.now(),
+                    port: None,
+                };
+                self.machines.insert(token, machine);
+            }
+        }
+    }
+
+    /// Drops connections that do not say what they are.
+    fn drop_silent(&mut self) {
+        let now = self.now();
+        let silent = self
+            .machines
+            .iter()
+            .filter(|(_, machine)| machine.port.is_none() && machine.since.after(GREETING) <= now);
+        let silent: Vec<u64> = silent.map(|(token, _)| *token).collect();
+        for token in silent {
+            self.leave(token);
+        }
     }
 
     fn wait(&self, token: u64, fd: impl AsFd) -> io::Result<()> {
@@ -290,11 +314,24 @@ impl Hub {
         self.leave(token);
     }
 
+    /// Takes a connection down, with its port. What it waited for ends with its descriptors: nobody else has them.
     fn leave(&mut self, token: u64) {
         if let Some(machine) = self.machines.remove(&token)
             && let Some(port) = machine.port
         {
             self.switch.remove_port(port.id);
+            self.give_back(port.mac);
+        }
+        self.accept();
+    }
+
+    /// The address of a machine that has gone is the next one's for which there is no other.
+    fn give_back(&mut self, mac: Mac) {
+        let now = self.now();
+        if let Some((_, gateway)) = &mut self.gateway
+            && let Some(server) = gateway.dhcp4()
+        {
+            server.end(mac, now);
         }
     }
 
@@ -368,33 +405,34 @@ impl Hub {
             return Err(ProtocolError::Version(hello.version));
         }
         let now = self.now();
+        let ring = Ring::create(RING, Side::Switch, hello.port.capabilities())?;
+        let (bell, theirs) = bell::pair()?;
+        self.wait(FIRST + 2 * token + 1, bell.as_fd())?;
         let config = self.port(&hello.port, now)?;
-        let capabilities = config.capabilities;
-        let ring = Ring::create(RING, Side::Switch, capabilities)?;
-        let bell =
-            || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from);
-        let (doorbell, wake) = (bell()?, bell()?);
-        self.wait(FIRST + 2 * token + 1, doorbell.as_fd())?;
+        let mac = hello.port.mac();
+        let id = self.switch.add_port(config, now).map_err(|error| {
+            self.give_back(mac);
+            ProtocolError::Refused(error.to_string())
+        })?;
         let machine = self
             .machines
             .get_mut(&token)
             .ok_or(ProtocolError::Message("it has gone"))?;
+        // From here on whoever takes the connection down takes the port down.
+        let port = machine.port.insert(Attached {
+            id,
+            mac,
+            ring,
+            bell,
+        });
         let welcome = Welcome {
             version: VERSION,
             ring: RING,
             mtu: self.config.mtu,
             refused: None,
         };
-        let descriptors = [ring.memory().file(), doorbell.as_fd(), wake.as_fd()];
+        let descriptors = [port.ring.memory().file(), theirs.as_fd()];
         protocol::send(&machine.connection, &welcome, &descriptors)?;
-        let added = self.switch.add_port(config, now);
-        let id = added.map_err(|error| ProtocolError::Refused(error.to_string()))?;
-        machine.port = Some(Attached {
-            id,
-            ring,
-            doorbell,
-            wake,
-        });
         self.used = true;
         Ok(())
     }
@@ -430,7 +468,7 @@ impl Hub {
             };
             more |= deliver(&mut self.switch, port.id, &mut port.ring, now);
             if port.ring.must_wake() {
-                ring_bell(&port.wake);
+                bell::ring(&port.bell);
             }
         }
         for token in broken {

@@ -8,6 +8,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use strata_switch::ring::{Ring, Side};
 use strata_switch::{Capabilities, Frame, Pool};
 
+use crate::bell;
 use crate::protocol::{self, DESCRIPTORS, Hello, PortRequest, ProtocolError, Welcome};
 
 /// A port on a network, as descriptors and values that another process can be given.
@@ -17,10 +18,8 @@ pub struct Joined {
     pub ring: OwnedFd,
     /// Bytes of each of its directions.
     pub size: u32,
-    /// An eventfd that wakes the switch.
-    pub doorbell: OwnedFd,
-    /// An eventfd by which the switch wakes the machine.
-    pub wake: OwnedFd,
+    /// A socket that keeps message boundaries: a byte wakes the switch, and the switch sends one to wake the machine.
+    pub bell: OwnedFd,
     /// The connection: when it is closed, the port goes.
     pub connection: OwnedFd,
     /// Longest IP packet of the network.
@@ -50,13 +49,12 @@ pub fn join(path: &Path, port: PortRequest) -> Result<Joined, ProtocolError> {
     if let Some(why) = welcome.refused {
         return Err(ProtocolError::Refused(why));
     }
-    let [ring, doorbell, wake] = <[OwnedFd; DESCRIPTORS]>::try_from(descriptors)
+    let [ring, bell] = <[OwnedFd; DESCRIPTORS]>::try_from(descriptors)
         .map_err(|_| ProtocolError::Message("descriptors are missing"))?;
     Ok(Joined {
         ring,
         size: welcome.ring,
-        doorbell,
-        wake,
+        bell,
         connection,
         mtu: welcome.mtu,
     })
@@ -66,8 +64,7 @@ pub fn join(path: &Path, port: PortRequest) -> Result<Joined, ProtocolError> {
 #[derive(Debug)]
 pub struct Cable {
     ring: Ring,
-    doorbell: OwnedFd,
-    wake: OwnedFd,
+    bell: OwnedFd,
     _connection: OwnedFd,
 }
 
@@ -80,8 +77,7 @@ impl Cable {
         let ring = Ring::attach(joined.ring, joined.size, Side::Machine, capabilities)?;
         Ok(Cable {
             ring,
-            doorbell: joined.doorbell,
-            wake: joined.wake,
+            bell: joined.bell,
             _connection: joined.connection,
         })
     }
@@ -105,29 +101,19 @@ impl Cable {
     /// After a batch of either: wakes the switch if it sleeps.
     pub fn flush(&self) {
         if self.ring.must_wake() {
-            ring_bell(&self.doorbell);
+            bell::ring(&self.bell);
         }
     }
 
     /// Before waiting for [`wake`](Cable::wake): false if frames are there already.
     pub fn sleep(&self) -> bool {
-        silence(&self.wake);
+        // A hub that has gone shows by its ring, in which nothing comes any more.
+        let _ = bell::silence(&self.bell);
         self.ring.sleep()
     }
 
     /// Readable when there is something to look at.
     pub fn wake(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
+        self.bell.as_fd()
     }
-}
-
-/// Makes an eventfd readable.
-pub(crate) fn ring_bell(bell: &OwnedFd) {
-    // The counter cannot overflow: whoever listens resets it. An error would mean that nobody does any more.
-    let _ = rustix::io::write(bell, &1u64.to_ne_bytes());
-}
-
-/// Makes an eventfd unreadable.
-pub(crate) fn silence(bell: &OwnedFd) {
-    let _ = rustix::io::read(bell, &mut [0; 8]);
 }

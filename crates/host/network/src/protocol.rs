@@ -16,11 +16,11 @@ use strata_switch::packet::Mac;
 use strata_switch::{Capabilities, Vid, VidSet, VlanMode};
 
 /// Version of the messages.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 /// Bytes of a message; one that is longer is cut and then refused.
 const MESSAGE_MAX: usize = 32 << 10;
-/// Descriptors of an answer: the ring's memory, what wakes the switch, what wakes the machine.
-pub(crate) const DESCRIPTORS: usize = 3;
+/// Descriptors of an answer: the ring's memory, and by what either side wakes the other.
+pub(crate) const DESCRIPTORS: usize = 2;
 
 /// Why a machine could not join.
 #[derive(Debug, thiserror::Error)]

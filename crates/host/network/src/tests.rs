@@ -13,6 +13,7 @@ use rustix::net::{
 use strata_switch::gateway::dhcp4::Dhcp4Config;
 use strata_switch::gateway::{GatewayConfig, reply};
 use strata_switch::packet::{self, Mac};
+use strata_switch::ring::{Ring, Side};
 use strata_switch::vxlan::{Mapping, VxlanConfig};
 use strata_switch::{Capabilities, Frame, Pool};
 
@@ -192,13 +193,88 @@ fn a_machine_that_breaks_its_ring_harms_nobody_else() {
     let memory = std::fs::File::from(bad.ring.try_clone().unwrap());
     // Positions that cannot be, in both directions, and the bell.
     std::os::unix::fs::FileExt::write_all_at(&memory, &[0xff; 1024], 0).unwrap();
-    rustix::io::write(&bad.doorbell, &1u64.to_ne_bytes()).unwrap();
+    bell::ring(&bad.bell);
     for round in 0..200u8 {
         send(&mut two, &frame(2, Some(3), &[round; 100]));
         let got = next(&mut three, &mut pool, SOON).unwrap();
         assert_eq!(got.bytes()[42..], [round; 100]);
     }
     drop((bad, two, three));
+    running.thread.join().unwrap();
+}
+
+#[test]
+fn a_machine_that_is_never_roused_hangs_nobody() {
+    let running = start(false, None);
+    let mut pool = Pool::new(16);
+    let bad = join(&running.path, request(1, Vlans::Access(1))).unwrap();
+    let mut two = cable(&running, 2, Vlans::Access(1));
+    let mut three = cable(&running, 3, Vlans::Access(1));
+    // It takes nothing from its socket, whose calls may wait as far as it is concerned, and fills the hub's.
+    rustix::io::ioctl_fionbio(&bad.bell, false).unwrap();
+    let memory = bad.ring.try_clone().unwrap();
+    let mut ring = Ring::attach(memory, bad.size, Side::Machine, Capabilities::ALL).unwrap();
+    // More than a socket's buffer has room for.
+    for round in 0..2000u32 {
+        bell::ring(&bad.bell);
+        // An answer would come by the socket, once for each of these.
+        ring.sleep();
+        send(&mut two, &frame(2, None, &round.to_be_bytes()));
+        let got = next(&mut three, &mut pool, SOON).unwrap();
+        assert_eq!(got.bytes()[42..], round.to_be_bytes());
+        let end = Instant::now() + SOON;
+        while ring.pop(&mut pool).unwrap().is_none() {
+            assert!(Instant::now() < end);
+        }
+    }
+    drop((bad, two, three));
+    running.thread.join().unwrap();
+}
+
+#[test]
+fn a_machine_that_closes_its_bell_has_left() {
+    let running = start(false, None);
+    let one = join(&running.path, request(1, Vlans::Access(1))).unwrap();
+    drop(one.bell);
+    let end = Instant::now() + SOON;
+    let again = loop {
+        match join(&running.path, request(1, Vlans::Access(1))) {
+            Ok(joined) => break joined,
+            Err(error) => assert!(Instant::now() < end, "{error}"),
+        }
+    };
+    drop((one.connection, again));
+    running.thread.join().unwrap();
+}
+
+#[test]
+fn addresses_of_machines_that_have_left_are_given_again() {
+    let running = start(true, None);
+    let _stays = cable(&running, 1, Vlans::Access(1));
+    // 10.9.8.0/24 has 253 for machines, and one stays.
+    for number in 0..600u16 {
+        let [high, low] = number.to_be_bytes();
+        let request = PortRequest {
+            mac: [2, 0, 0, 1, high, low],
+            ..request(2, Vlans::Access(1))
+        };
+        // The one before may not be gone yet; then there is another address.
+        join(&running.path, request).unwrap();
+    }
+}
+
+#[test]
+fn a_connection_that_says_nothing_is_dropped() {
+    let running = start(false, None);
+    let one = cable(&running, 1, Vlans::Access(1));
+    let flags = SocketFlags::CLOEXEC;
+    let silent = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    rustix::net::connect(&silent, &SocketAddrUnix::new(&running.path).unwrap()).unwrap();
+    let begin = Instant::now();
+    let said = rustix::net::recv(&silent, &mut [0; 1], rustix::net::RecvFlags::empty());
+    assert_eq!(said, Ok((0, 0)));
+    assert!(begin.elapsed() >= Duration::from_secs(4));
+    drop(one);
     running.thread.join().unwrap();
 }
 

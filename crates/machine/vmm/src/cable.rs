@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
 use strata_devices::virtio::{Exchange, NetHost, NetPort};
 use strata_switch::ring::{Ring, Side};
 use strata_switch::{Capabilities, Frame, Pool, Port, Time};
@@ -24,24 +26,24 @@ const BATCH: usize = 64;
 const POOL: usize = 256;
 /// Tokens of what the thread waits for.
 const DOORBELL: u64 = 0;
-const WAKE: u64 = 1;
+const BELL: u64 = 1;
+/// Strokes of the bell that are taken at once.
+const STROKES_MAX: usize = 64;
 
 /// The descriptors of a port on a shared network.
 #[derive(Debug)]
 pub struct Cable {
     /// The ring's memory.
     pub ring: OwnedFd,
-    /// An eventfd that wakes the switch.
-    pub doorbell: OwnedFd,
-    /// An eventfd by which the switch wakes us.
-    pub wake: OwnedFd,
+    /// A socket that keeps message boundaries: a byte wakes the switch, and the switch sends one to wake us.
+    pub bell: OwnedFd,
 }
 
 struct Work {
     epoll: OwnedFd,
     card: NetPort,
     ring: Ring,
-    cable: (OwnedFd, OwnedFd),
+    bell: OwnedFd,
     pool: Pool,
     /// From the guest, not in the ring yet.
     out: VecDeque<Frame>,
@@ -60,12 +62,12 @@ pub(crate) fn start(card: NetHost, size: u32, cable: Cable) -> Result<NetworkHan
         epoll::add(&epoll, fd, token, epoll::EventFlags::IN).map_err(io::Error::from)
     };
     wait(DOORBELL, card.doorbell())?;
-    wait(WAKE, cable.wake.as_fd())?;
+    wait(BELL, cable.bell.as_fd())?;
     let mut work = Work {
         epoll,
         card: NetPort::new(card),
         ring,
-        cable: (cable.doorbell, cable.wake),
+        bell: cable.bell,
         pool: Pool::new(POOL),
         out: VecDeque::new(),
         into: VecDeque::new(),
@@ -90,8 +92,9 @@ impl Work {
             let sent = self.send();
             let got = open && self.receive();
             if self.ring.must_wake() {
-                // Whoever sleeps there looks at the counter; one at its limit has woken it.
-                let _ = rustix::io::write(&self.cable.0, &1_u64.to_ne_bytes());
+                // A socket without room has woken the switch already.
+                let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                let _ = rustix::net::send(&self.bell, &[1], flags);
             }
             at_once = sent || got || exchanged == Exchange::More;
             self.tell();
@@ -109,9 +112,20 @@ impl Work {
         for event in events {
             match event.data.u64() {
                 DOORBELL => self.card.host().hush(),
-                _ => {
-                    // It may be silent already.
-                    let _ = rustix::io::read(&self.cable.1, &mut [0; 8]);
+                _ => self.silence(),
+            }
+        }
+    }
+
+    fn silence(&self) {
+        for _ in 0..STROKES_MAX {
+            match rustix::net::recv(&self.bell, &mut [0; 1], RecvFlags::DONTWAIT) {
+                Ok((1.., _)) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
+                // The switch is gone: its end would wake us for ever.
+                Ok(_) | Err(_) => {
+                    let _ = epoll::delete(&self.epoll, &self.bell);
+                    return;
                 }
             }
         }

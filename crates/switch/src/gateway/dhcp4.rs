@@ -226,6 +226,15 @@ impl Dhcp4 {
         }
     }
 
+    /// Ends a machine's lease now: its address stays with it until another machine needs it. One that its owner chose
+    /// stays.
+    pub fn end(&mut self, mac: Mac, now: Time) {
+        if let Some(lease) = self.by_mac.get_mut(&mac).filter(|lease| !lease.reserved) {
+            lease.expires = now;
+            self.changed = true;
+        }
+    }
+
     /// A machine's lease.
     pub fn lease(&self, mac: Mac) -> Option<&Lease> {
         self.by_mac.get(&mac)
