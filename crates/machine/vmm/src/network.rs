@@ -5,7 +5,7 @@
 //! out. When the guest has no buffers, nothing is read from sockets.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -247,6 +247,7 @@ impl Work {
             ];
             let more = carry(&mut self.switch, &mut ports, BATCH, now);
             let fresh = open && self.card.1.has_frames_for_guest();
+            // A card that keeps frames because many wait here has been relieved of a batch of them: that is `more`.
             at_once = fresh || more || exchanged == Exchange::More;
             self.tell();
         }
@@ -327,9 +328,20 @@ pub fn guest_of(gateway: Ipv4Addr) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(gateway).wrapping_add(1))
 }
 
+/// Where clouds give a machine's secrets to whoever asks from there, and which are on no link's own addresses: AWS by IPv6,
+/// Alibaba, Azure.
+const METADATA: [IpAddr; 3] = [
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
+    IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
+];
+
 /// Whether an address of the host's network is one that a guest may be let reach without being asked: not the host's own
-/// loopback, not this link's, no group's, and not one that stands for "here".
+/// loopback, not this link's, no group's, not one that stands for "here", and no cloud's metadata service.
 pub fn is_outside(address: IpAddr) -> bool {
+    if METADATA.contains(&address) {
+        return false;
+    }
     match address {
         IpAddr::V4(address) => {
             let [first, ..] = address.octets();
@@ -376,6 +388,9 @@ mod tests {
             "::127.0.0.1",
             "fe80::1",
             "ff02::1",
+            "fd00:ec2::254",
+            "100.100.100.200",
+            "168.63.129.16",
         ];
         for text in inside {
             assert!(!is_outside(text.parse().unwrap()), "{text}");

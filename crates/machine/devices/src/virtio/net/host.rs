@@ -118,7 +118,8 @@ impl NetHost {
         let _ = rustix::io::read(&self.0.doorbell, &mut count);
     }
 
-    /// Moves frames both ways, once. What the guest has no buffers for stays in `to_guest`. After [`Exchange::More`]
+    /// Moves frames both ways, once. What the guest has no buffers for stays in `to_guest`; when `to_host` has 256 frames
+    /// nothing more comes to it, and this is to be called again when some have been taken out. After [`Exchange::More`]
     /// there is work left although nobody will ring.
     pub fn exchange(
         &self,

@@ -89,6 +89,8 @@ const ETHERNET_BYTES: usize = 14;
 const ROUND_CHAINS_OUT: u32 = 256;
 const ROUND_CHAINS_IN: u32 = 512;
 const ROUND_BYTES_OUT: usize = 1 << 20;
+/// Frames that wait for the host at most: the rest waits with the driver.
+const TO_HOST_MAX: usize = 256;
 
 /// What a network card is like.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,13 +188,22 @@ impl Net {
         })
     }
 
-    /// Takes frames from the driver, from all queues in turn. True if there may be more.
+    /// Takes frames from the driver, from all queues in turn, as far as the host takes them. True if there may be more
+    /// that it would take.
     fn transmit(&mut self, io: &mut Io<'_>, lanes: &mut Lanes) -> Result<bool, QueueError> {
         let (mut chains, mut bytes) = (0, 0);
         for turn in 0..self.pairs {
             let pair = (self.next_pair + turn) % self.pairs;
             let queue = pair * 2 + 1;
-            while let Some(chain) = io.pop(queue)? {
+            loop {
+                if lanes.to_host.len() >= TO_HOST_MAX {
+                    // The host looks again when it has taken some of these.
+                    self.next_pair = pair;
+                    return Ok(false);
+                }
+                let Some(chain) = io.pop(queue)? else {
+                    break;
+                };
                 match self.take(&chain, io, &mut lanes.pool) {
                     Some(frame) => {
                         if self.pairs > 1 {

@@ -334,6 +334,29 @@ fn one_round_does_bounded_work() {
 }
 
 #[test]
+fn what_the_host_does_not_take_stays_with_the_driver() {
+    let (mut driver, host) = card(1);
+    driver.start(BASE);
+    let bytes = frame(MAC, 60);
+    let mut frames = VecDeque::new();
+    let mut pool = Pool::new(8);
+    let mut exchange = |frames: &mut VecDeque<Frame>| {
+        while host.exchange(&mut VecDeque::new(), frames, &mut pool) == Exchange::More {}
+    };
+    let mut with_driver = Vec::new();
+    for _ in 0..10 {
+        with_driver.extend((0..32).map(|_| driver.offer(TX, &[&NO_HEADER, &bytes], &[])));
+        exchange(&mut frames);
+        with_driver.retain(|token| driver.used(TX, *token).is_none());
+    }
+    assert_eq!((frames.len(), with_driver.len()), (256, 64));
+    // There is room again.
+    frames.truncate(16);
+    exchange(&mut frames);
+    assert_eq!(frames.len(), 16 + 64);
+}
+
+#[test]
 fn the_link_and_announcements_are_told() {
     let (mut driver, host) = card(1);
     driver.start(BASE | feature::CTRL_VQ | feature::GUEST_ANNOUNCE);
