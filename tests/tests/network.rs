@@ -98,13 +98,20 @@ fn a_published_port_leads_to_the_guest() {
     assert!(ports.ends_with("80/tcp\n"), "{ports}");
     // Several at once.
     let threads: Vec<_> = (0..8)
-        .map(|_| thread::spawn(move || connect(port).write_all(b"GET / HTTP/1.0\r\n\r\n")))
+        .map(|_| {
+            thread::spawn(move || {
+                let mut stream = connect(port);
+                let mut answer = Vec::new();
+                stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+                stream.read_to_end(&mut answer)?;
+                std::io::Result::Ok(answer)
+            })
+        })
         .collect();
-    assert!(
-        threads
-            .into_iter()
-            .all(|thread| thread.join().is_ok_and(|sent| sent.is_ok()))
-    );
+    for thread in threads {
+        let answer = thread.join().expect("it ends").expect("it answers");
+        assert!(answer.ends_with(b"\r\n\r\nfrom the guest\n"));
+    }
     session.signal("TERM");
 }
 
@@ -163,11 +170,11 @@ fn the_hosts_loopback_is_closed_unless_asked_for() {
         return;
     }
     let port = serve(b"secret".to_vec()).port();
-    let script = format!(
-        "for at in $gw 127.0.0.1 0.0.0.0 169.254.169.254; do nc -w 3 $at {port} < /dev/null; echo $?; done"
-    );
+    // The gateway stands for the host: where its loopback is open, this gives what is served there. Other addresses of
+    // the host's own are for a guest that asks the broker itself, which is tested beside it.
+    let script = format!("nc -w 3 $gw {port} < /dev/null; echo $?");
     let text = run("user", &script).run().expect(0).text();
-    assert_eq!(text, "1\n1\n1\n1\n");
+    assert_eq!(text, "1\n");
 }
 
 #[test]

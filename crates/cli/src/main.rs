@@ -11,6 +11,7 @@ mod network;
 mod output;
 mod ports;
 mod process;
+mod routes;
 mod run;
 mod stats;
 

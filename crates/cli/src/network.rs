@@ -21,6 +21,7 @@ use crate::args::NetworkCommand;
 use crate::exit::{ExitCode, Failure, code_of_io};
 use crate::output;
 use crate::process::{SwitchLaunch, start_switch};
+use crate::routes::routes;
 use crate::stats::run_dir_failure;
 
 /// How often a machine that meets a switch on its way out tries again.
@@ -201,20 +202,6 @@ fn unknown(name: &str) -> Failure {
     Failure::new(ExitCode::NoInput, message)
 }
 
-/// The host's IPv4 routes but for the default one (proc(5)).
-fn routes() -> Vec<Ipv4Net> {
-    let table = fs::read_to_string("/proc/net/route").unwrap_or_default();
-    let number = |word: Option<&str>| u32::from_str_radix(word?, 16).ok().map(u32::from_be);
-    let route = |line: &str| {
-        let mut words = line.split_ascii_whitespace().skip(1);
-        let to = number(words.next())?;
-        let mask = number(words.nth(5))?;
-        let network = Ipv4Net::new(to.into(), u8::try_from(mask.leading_ones()).ok()?).ok()?;
-        (network.prefix_len() > 0).then_some(network)
-    };
-    table.lines().skip(1).filter_map(route).collect()
-}
-
 /// Joins a machine to its network, whose switch is started if it does not run. Completes what the configuration says of
 /// the port. The descriptor keeps the port.
 pub fn join(port: &mut NetworkPort, machine: &MachineName) -> Result<(Cable, OwnedFd), Failure> {
@@ -226,7 +213,8 @@ pub fn join(port: &mut NetworkPort, machine: &MachineName) -> Result<(Cable, Own
     let network = read(&file)?;
     let sockets = RunDir::networks(&RunDir::root()).map_err(|error| run_dir_failure(&error))?;
     let path = sockets.join(&name);
-    let lock_path = sockets.join(format!("{name}.lock"));
+    // No network has such a name.
+    let lock_path = sockets.join(format!(".{name}.lock"));
     let lock = File::create(&lock_path).map_err(|error| io_failure("make", &lock_path, &error))?;
     // One at a time starts a switch.
     lock.lock()

@@ -10,8 +10,7 @@ use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use ipnet::Ipv4Net;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -23,6 +22,7 @@ use strata_vmm::nat::{Answer, Host, Wish};
 use strata_vmm::{is_outside, subnet};
 
 use crate::exit::{ExitCode, Failure};
+use crate::routes::routes;
 
 /// A wish on the line: the flow's number, what is wished, an address and a port.
 const WISH_BYTES: usize = 32;
@@ -30,10 +30,10 @@ const WISH_BYTES: usize = 32;
 const ANSWER_BYTES: usize = 32;
 /// The largest datagram.
 const DATAGRAM_MAX: usize = 65_535;
+/// More datagrams than wait in a new socket.
+const UNCONNECTED_MAX: usize = 4096;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 256;
-/// The kernel's table of routes.
-const ROUTES: &str = "/proc/net/route";
 /// Where the host's resolvers are named.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 const DNS_PORT: u16 = 53;
@@ -219,19 +219,27 @@ fn decode_answer(bytes: &[u8], socket: Option<OwnedFd>) -> Option<Answer> {
 }
 
 /// In the machine's process: the line to the one in front.
-pub struct Line(OwnedFd);
+pub struct Line {
+    line: OwnedFd,
+    /// Takes the line's place when nobody is at its other end, which would be readable for ever: it never is.
+    quiet: Option<OwnedFd>,
+}
 
 impl Line {
     /// On this descriptor.
-    pub fn new(line: OwnedFd) -> Line {
-        Line(line)
+    ///
+    /// # Errors
+    /// The host gives no descriptor.
+    pub fn new(line: OwnedFd) -> io::Result<Line> {
+        let quiet = Some(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        Ok(Line { line, quiet })
     }
 }
 
 impl Host for Line {
     fn ask(&mut self, flow: u64, wanted: Wish) -> bool {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        rustix::net::send(&self.0, &encode_wish(flow, wanted), flags).is_ok()
+        rustix::net::send(&self.line, &encode_wish(flow, wanted), flags).is_ok()
     }
 
     fn answer(&mut self) -> Option<Answer> {
@@ -240,7 +248,15 @@ impl Host for Line {
         let mut received = RecvAncillaryBuffer::new(&mut space);
         let mut buffers = [IoSliceMut::new(&mut bytes)];
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-        let got = recvmsg(&self.0, &mut buffers, &mut received, flags).ok()?;
+        let got = match recvmsg(&self.line, &mut buffers, &mut received, flags) {
+            Ok(got) if got.bytes > 0 => got,
+            Err(error) if !ends(error) => return None,
+            _ => {
+                // Whoever waits for the line stops as it is closed.
+                self.line = self.quiet.take()?;
+                return None;
+            }
+        };
         let socket = received.drain().find_map(|message| match message {
             RecvAncillaryMessage::ScmRights(mut sockets) => sockets.next(),
             _ => None,
@@ -249,7 +265,7 @@ impl Host for Line {
     }
 
     fn descriptor(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.line.as_fd()
     }
 }
 
@@ -257,6 +273,11 @@ impl Host for Line {
 struct Published {
     socket: OwnedFd,
     publish: Publish,
+}
+
+/// Whether this error of a line means that nobody is at its other end.
+fn ends(error: Errno) -> bool {
+    matches!(error, Errno::PIPE | Errno::CONNRESET)
 }
 
 /// The two ends of a line: the machine's, and that of the process in front.
@@ -274,10 +295,9 @@ pub struct Broker {
 impl Broker {
     /// Opens the published ports and chooses a subnet. What was left to choose is then known in `network`.
     pub fn open(network: &mut UserNetwork) -> Result<Broker, Failure> {
-        let taken = routes(&std::fs::read_to_string(ROUTES).unwrap_or_default());
         network.gateway = network
             .gateway
-            .or_else(|| Some(subnet::choose("user", &taken)?.addr()));
+            .or_else(|| Some(subnet::choose("user", &routes())?.addr()));
         let mut published = Vec::new();
         for publish in &mut network.publish {
             let socket = open(publish).map_err(|error| refused(publish, error))?;
@@ -319,7 +339,7 @@ impl Broker {
                     PortProtocol::Tcp => port.accept(&line),
                     PortProtocol::Udp => port.first_datagram(&line),
                 };
-                if told == Err(Errno::PIPE) {
+                if told.is_err_and(ends) {
                     return;
                 }
             }
@@ -346,7 +366,15 @@ impl Broker {
         };
         let nobody = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0);
         let header = encode_answer(kind, peeks, flow, 0, nobody);
-        say(line, &header, &[], made.ok().as_ref()).is_ok()
+        match say(line, &header, &[], made.ok().as_ref()) {
+            Ok(()) => true,
+            Err(error) if ends(error) => false,
+            // The host has no room for a socket on its way: the flow is to know that there is none.
+            Err(_) => {
+                let header = encode_answer(answer::REFUSED, false, flow, 0, nobody);
+                !say(line, &header, &[], None).is_err_and(ends)
+            }
+        }
     }
 
     /// The socket that is wished for, if a guest may have it.
@@ -418,6 +446,12 @@ impl Published {
         sockopt::set_socket_reuseport(&socket, true)?;
         bind(&socket, &self.publish.host)?;
         connect(&socket, &peer)?;
+        // Until it was connected it got what other peers sent, too.
+        for _ in 0..UNCONNECTED_MAX {
+            if rustix::net::recv(&socket, &mut [0; 1], RecvFlags::DONTWAIT) == Err(Errno::AGAIN) {
+                break;
+            }
+        }
         let header = encode_answer(answer::DATAGRAM, false, 0, self.publish.guest, peer);
         let payload = payload.get(..count).unwrap_or_default();
         say(line, &header, payload, Some(&socket))
@@ -556,24 +590,11 @@ fn refused(publish: &Publish, error: Errno) -> Failure {
     )
 }
 
-/// The IPv4 networks in the kernel's table of routes, but for the default one.
-fn routes(table: &str) -> Vec<Ipv4Net> {
-    let parse = |line: &str| {
-        let words: Vec<&str> = line.split_ascii_whitespace().collect();
-        let number = |at: usize| u32::from_str_radix(words.get(at)?, 16).ok();
-        // In the byte order of the host, as proc(5) has it.
-        let (to, mask) = (number(1)?.swap_bytes(), number(7)?.swap_bytes());
-        if mask == 0 {
-            return None;
-        }
-        Ipv4Net::with_netmask(to.into(), mask.into()).ok()
-    };
-    table.lines().skip(1).filter_map(parse).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::buffer::spare_capacity;
+    use rustix::event::{Timespec, epoll};
     use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream, UdpSocket};
     use std::time::{Duration, Instant};
@@ -583,7 +604,7 @@ mod tests {
         let broker = Broker::open(network).unwrap();
         let (ours, theirs) = line().unwrap();
         std::thread::spawn(move || broker.serve(theirs));
-        Line::new(ours)
+        Line::new(ours).unwrap()
     }
 
     fn answer_of(line: &mut Line) -> Answer {
@@ -729,15 +750,32 @@ mod tests {
     }
 
     #[test]
-    fn resolvers_and_routes_are_read() {
+    fn a_line_without_another_end_is_silent() {
+        let (ours, theirs) = line().unwrap();
+        let mut line = Line::new(ours).unwrap();
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+        let token = epoll::EventData::new_u64(0);
+        epoll::add(&epoll, line.descriptor(), token, epoll::EventFlags::IN).unwrap();
+        let events = || {
+            let mut events = Vec::with_capacity(4);
+            let at_once = Timespec::default();
+            epoll::wait(&epoll, spare_capacity(&mut events), Some(&at_once)).unwrap()
+        };
+        assert_eq!(events(), 0);
+        drop(theirs);
+        assert_eq!(events(), 1);
+        assert!(line.answer().is_none());
+        assert_eq!(events(), 0);
+        assert!(line.answer().is_none());
+        assert!(!line.ask(1, Wish::Echo(IpAddr::V4(Ipv4Addr::LOCALHOST))));
+    }
+
+    #[test]
+    fn resolvers_are_read() {
         let text =
             "# x\nsearch a\nnameserver 192.0.2.1\nnameserver nonsense\n nameserver fd00::1 # y\n";
         let expected: Vec<IpAddr> = ["192.0.2.1", "fd00::1"].map(|a| a.parse().unwrap()).into();
         assert_eq!(parse_resolvers(text), expected);
         assert_eq!(parse_resolvers(""), [IpAddr::from([127, 0, 0, 1])]);
-        let table = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\n\
-            eth0\t00000000\t010200C0\t0003\t0\t0\t0\t00000000\n\
-            eth0\t0002000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\nshort\n";
-        assert_eq!(routes(table), ["10.0.2.0/24".parse().unwrap()]);
     }
 }

@@ -111,6 +111,10 @@ fn machine(
     let vsock = vsock.map(|(listener, line)| VsockHost::on(listener.into(), dialler(line.into())));
     let gdb = if launch.gdb { given.next() } else { None };
     let line = if launch.network { given.next() } else { None };
+    let line = line.map(Line::new).transpose().map_err(|error| {
+        let message = format!("no descriptor for the machine's network: {error}");
+        Failure::new(ExitCode::System, message)
+    })?;
     let cable = match launch.cable {
         true => given.next().zip(given.next()),
         false => None,
@@ -124,7 +128,7 @@ fn machine(
         console: launch.console.then(|| Box::new(Console) as _),
         run_dir: None,
         vsock,
-        sockets: line.map(|line| Box::new(Line::new(line)) as _),
+        sockets: line.map(|line| Box::new(line) as _),
         cable,
         temporary: Some(launch.temporary),
         engine_options: launch.engine_options,
