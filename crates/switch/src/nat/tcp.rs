@@ -52,8 +52,9 @@ const SYN_RETRY: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_millis(500);
 const SYN_TRIES: u32 = 6;
 const TRIES: u32 = 9;
-/// How long a connection may be silent; how long if the guest has said all and nobody answers.
-const IDLE: Duration = Duration::from_secs(2 * 3600);
+/// How long a connection may be silent (RFC 5382 REQ-5: at least 2 hours and 4 minutes); how long if the guest has said
+/// all and nobody answers.
+const IDLE: Duration = Duration::from_secs(7440);
 const IDLE_HALF_CLOSED: Duration = Duration::from_secs(900);
 
 /// A segment of the guest.
@@ -403,7 +404,16 @@ impl Tcp {
         let count = heard.ack.wrapping_sub(self.una);
         if count == 0 {
             let repeats = heard.len() == 0 && window == self.window && self.next != self.una;
+            let opens = self.window == 0 && window > 0;
             self.window = window;
+            if window == 0 {
+                // Who answers is there, and may take its time (RFC 9293 section 3.8.6.1).
+                self.tries = self.tries.min(TRIES - 1);
+            } else if opens {
+                // What the window was tried with had no room.
+                (self.repeated, self.tries) = (0, 0);
+                return self.rewind(memory);
+            }
             if repeats {
                 self.repeated = self.repeated.saturating_add(1);
                 if self.repeated == 3 {
@@ -789,6 +799,11 @@ impl Tcp {
         wire::tcp_control(pool, ends, &segment)
     }
 
+    /// Whether there is something that the guest's window keeps back.
+    fn waits_for_window(&self) -> bool {
+        self.window == 0 && (self.readable || !self.resend.is_empty())
+    }
+
     /// How long may pass until [`Tcp::expired`] is to be called if nothing happens.
     pub fn patience(&self) -> Duration {
         match self.phase {
@@ -796,9 +811,7 @@ impl Tcp {
             Phase::Connecting => CONNECTING,
             Phase::SynReceived | Phase::SynSent => SYN_RETRY * (1 << self.tries.min(SYN_TRIES)),
             Phase::Open if self.next != self.una => RETRY * (1 << self.tries.min(TRIES)),
-            Phase::Open if self.window == 0 && self.readable => {
-                RETRY * (1 << self.tries.min(TRIES))
-            }
+            Phase::Open if self.waits_for_window() => RETRY * (1 << self.tries.min(TRIES)),
             Phase::Open if self.guest_ended || self.fin_heard => IDLE_HALF_CLOSED,
             Phase::Open => IDLE,
         }
@@ -818,8 +831,11 @@ impl Tcp {
                 }
             }
             Phase::Open if self.tries > TRIES => Fate::Reset,
-            Phase::Open if self.next != self.una => self.rewind(memory),
-            Phase::Open if self.window == 0 && self.readable => {
+            Phase::Open if self.next != self.una => {
+                self.probe = self.window == 0;
+                self.rewind(memory)
+            }
+            Phase::Open if self.waits_for_window() => {
                 self.probe = true;
                 Fate::Lives
             }

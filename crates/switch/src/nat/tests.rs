@@ -131,6 +131,11 @@ impl Rig {
     }
 
     fn send(&mut self, port: u16, seq: u32, ack: u32, flags: u8, payload: &[u8]) {
+        self.send_with(port, (seq, ack), flags, 60_000, payload);
+    }
+
+    fn send_with(&mut self, port: u16, at: (u32, u32), flags: u8, window: u16, payload: &[u8]) {
+        let (seq, ack) = at;
         let frame = from_guest(protocol::TCP, |frame, ends| {
             let segment = Segment {
                 from: 40_000,
@@ -138,7 +143,7 @@ impl Rig {
                 seq,
                 ack,
                 flags,
-                window: 60_000,
+                window,
                 options: &[],
                 mss: u16::MAX,
             };
@@ -432,6 +437,44 @@ fn the_guests_window_is_kept() {
         }
     }
     assert!(got.iter().enumerate().all(|(at, byte)| *byte == at as u8));
+}
+
+#[test]
+fn a_closed_window_is_tried_as_long_as_the_guest_answers() {
+    let mut rig = rig(8, false);
+    let (listener, port) = listener();
+    let (seq, mut peer) = rig.connect(&listener);
+    let closed = |rig: &mut Rig| rig.send_with(port, (1000, seq), flag::ACK, 0, &[]);
+    closed(&mut rig);
+    peer.write_all(b"patience").unwrap();
+    let mut pauses = Vec::new();
+    let from = rig.ahead;
+    while rig.ahead - from < Duration::from_secs(3600) {
+        let before = rig.ahead;
+        while rig.poll().is_none() {
+            let now = rig.now();
+            rig.nat.service(now);
+            rig.ahead += Duration::from_millis(250);
+        }
+        pauses.push(rig.ahead - before);
+        assert_eq!(rig.nat.counters().flows, 1, "{pauses:?}");
+        closed(&mut rig);
+    }
+    let longest = pauses.iter().max().unwrap();
+    assert!(
+        pauses.len() < 60 && *longest < Duration::from_secs(300),
+        "{pauses:?}"
+    );
+    // The byte that was tried is the first one again, at once.
+    rig.send(port, 1000, seq, flag::ACK, &[]);
+    let got = rig.heard();
+    assert_eq!((got.seq, &got.payload[..1]), (seq, &b"p"[..]));
+    // A guest that does not even answer is given up.
+    for _ in 0..40 {
+        rig.ahead += Duration::from_secs(300);
+        while rig.poll().is_some() {}
+    }
+    assert_eq!(rig.nat.counters().flows, 0);
 }
 
 #[test]
