@@ -46,6 +46,8 @@ pub struct Flow {
     pub mac: Mac,
     /// The protocol's part.
     pub kind: Kind,
+    /// Whether a peer of the host began it, not the guest.
+    pub by_peer: bool,
     /// Whether it is in the queue of those with something for the guest.
     pub listed: bool,
     /// When its timer runs out.
@@ -101,6 +103,7 @@ pub struct Flows {
     slots: Vec<Slot>,
     free: Vec<u32>,
     by_key: HashMap<Key, u32, RandomState>,
+    by_peers: usize,
     timers: BinaryHeap<Reverse<(Time, u32, u32)>>,
 }
 
@@ -110,13 +113,19 @@ impl Flows {
         self.by_key.len()
     }
 
+    /// How many of them peers of the host began.
+    pub fn by_peers(&self) -> usize {
+        self.by_peers
+    }
+
     /// Adds a flow; an older one of the same key must be gone.
-    pub fn add(&mut self, key: Key, mac: Mac, kind: Kind, deadline: Time) -> FlowId {
+    pub fn add(&mut self, key: Key, mac: Mac, kind: Kind, by_peer: bool, deadline: Time) -> FlowId {
         let index = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot::default());
             (self.slots.len() - 1) as u32
         });
         self.by_key.insert(key, index);
+        self.by_peers += usize::from(by_peer);
         let mut generation = 0;
         if let Some(slot) = self.slots.get_mut(index as usize) {
             generation = slot.generation;
@@ -124,6 +133,7 @@ impl Flows {
                 key,
                 mac,
                 kind,
+                by_peer,
                 listed: false,
                 deadline,
                 queued: None,
@@ -157,6 +167,7 @@ impl Flows {
         let flow = slot.flow.take()?;
         slot.generation = slot.generation.wrapping_add(1);
         self.by_key.remove(&flow.key);
+        self.by_peers = self.by_peers.saturating_sub(usize::from(flow.by_peer));
         self.free.push(id.index);
         Some(flow)
     }
@@ -227,9 +238,9 @@ mod tests {
         let mut flows = Flows::default();
         let far = Time::from_nanos(1 << 40);
         let kind = || Kind::Datagrams(Box::default());
-        let stays = flows.add(Key::of_question(0), Mac::default(), kind(), far);
+        let stays = flows.add(Key::of_question(0), Mac::default(), kind(), false, far);
         for token in 1..10_000 {
-            let id = flows.add(Key::of_question(token), Mac::default(), kind(), far);
+            let id = flows.add(Key::of_question(token), Mac::default(), kind(), false, far);
             flows.remove(id);
             // So do deadlines that move to and fro.
             flows.set_timer(stays, Time::from_nanos(token));

@@ -73,7 +73,7 @@ pub struct NatConfig {
     pub guest4: Ipv4Addr,
     /// The longest packet of the network.
     pub mtu: u16,
-    /// Flows at most.
+    /// Flows at most; half of them if peers of the host began them.
     pub flows_max: usize,
     /// Bytes that all flows together may hold before they are held back. Twice as much is never exceeded by more than one
     /// connection's flight.
@@ -372,12 +372,15 @@ impl Nat {
 
     /// Takes a flow that begins with a socket.
     fn adopt(&mut self, key: Key, kind: Kind, now: Time) {
-        if self.flows.len() >= self.config.flows_max {
+        // Whoever they are, the guest keeps half for its own.
+        if self.flows.len() >= self.config.flows_max
+            || self.flows.by_peers() >= self.config.flows_max.div_ceil(2)
+        {
             self.counters.refused_full += 1;
             return;
         }
         self.account(0, memory(&kind));
-        let id = self.flows.add(key, self.guest_mac, kind, now);
+        let id = self.flows.add(key, self.guest_mac, kind, true, now);
         self.watch(id);
         self.list(id);
         self.settle(id, Fate::Lives, now);
@@ -629,7 +632,7 @@ impl Nat {
             self.counters.refused_full += 1;
             return None;
         }
-        let id = self.flows.add(key, mac, kind, now);
+        let id = self.flows.add(key, mac, kind, false, now);
         if !self.host.ask(id.number(), wish) {
             self.counters.refused_host += 1;
             self.flows.remove(id);

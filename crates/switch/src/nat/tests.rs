@@ -596,6 +596,36 @@ fn flows_are_limited() {
     assert_eq!((counters.flows, counters.refused_full), (3, 6));
 }
 
+#[test]
+fn peers_leave_the_guest_half() {
+    let mut rig = rig(8, false);
+    for port in 1..10 {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let datagram = Answer::Datagram {
+            socket: socket.into(),
+            peer: SocketAddr::new(Ipv4Addr::new(192, 0, 2, 1).into(), port),
+            port: 53,
+            payload: vec![1],
+        };
+        rig.incoming.send(datagram).unwrap();
+    }
+    rig.nat.answers(Time::ZERO);
+    let counters = rig.nat.counters();
+    assert_eq!((counters.flows, counters.refused_full), (4, 5));
+    for port in 1..10 {
+        let frame = from_guest(protocol::UDP, |frame, ends| {
+            wire::udp(frame, ends, port, 9, 0)
+        });
+        rig.say(frame);
+    }
+    let counters = rig.nat.counters();
+    assert_eq!((counters.flows, counters.refused_full), (8, 10));
+    // What is over counts no more.
+    rig.ahead += Duration::from_secs(200);
+    while rig.poll().is_some() {}
+    assert_eq!((rig.nat.flows.len(), rig.nat.flows.by_peers()), (0, 0));
+}
+
 /// A guest that takes nothing does not stop time, and does not make queues grow.
 #[test]
 fn a_guest_without_buffers_holds_nothing_up() {
