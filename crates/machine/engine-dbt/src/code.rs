@@ -185,7 +185,8 @@ struct CodePage {
     empty_writes: u32,
 }
 
-/// Writes to a page without blocks after which it is not watched any more, where there are other vCPUs.
+/// Writes to a page without blocks after which it is not watched any more: code that is rewritten in turns with being run
+/// stays watched.
 const PATIENCE: u32 = 8;
 
 /// The cache and everything known about its contents.
@@ -597,8 +598,8 @@ impl CodeMap {
         self.unwatch_empty(page);
     }
 
-    /// Ends watching a page without blocks. If that meant to ask other vCPUs when it has blocks again, only after some
-    /// more writes.
+    /// Ends watching a page without blocks, after some more writes: to begin again means to look through the soft TLBs,
+    /// and to ask the other vCPUs.
     fn unwatch_empty(&mut self, page: u64) {
         let Entry::Occupied(mut known) = self.pages.entry(page) else {
             return;
@@ -606,7 +607,7 @@ impl CodeMap {
         if !known.get().blocks.is_empty() {
             return;
         }
-        if self.peers.several() && known.get().empty_writes < PATIENCE {
+        if known.get().empty_writes < PATIENCE {
             known.get_mut().empty_writes += 1;
             return;
         }
