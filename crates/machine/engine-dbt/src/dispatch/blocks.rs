@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::*;
+use crate::code::Link;
 use crate::translate::{NeedsNextPage, Translated as Block};
 
 /// Guest bytes fetched for a block: what nearly all blocks of the most instructions have at most; others end there.
@@ -10,13 +11,16 @@ pub(super) const WINDOW: usize = 384;
 /// How often a block is begun anew whose bytes others change while it is translated, before it is taken as it is.
 const TRIES: usize = 100;
 
+/// A block, its key, and whether its first page is mapped globally.
+type Found = (u32, Key, bool);
+
 impl Translated {
     /// The block at RIP, translated if need be.
     pub(super) fn find(
         &mut self,
         mode: Mode,
         bus: &dyn IoBus,
-    ) -> Result<Result<(u32, Key, bool), Fault>, EngineError> {
+    ) -> Result<Result<Found, Fault>, EngineError> {
         let cs_base = if mode.bits() == 64 {
             0
         } else {
@@ -217,22 +221,40 @@ impl Translated {
             return Err(EngineError::Internal("a group that is not known".into()));
         };
         // What is counted in the block before is counted by the dispatcher only.
-        if self.options.count || self.cpu.request_bits() != 0 || self.cpu.dropped.any() {
+        if self.options.count {
             return Ok(None);
         }
+        match self.linked(number, &link, bus)? {
+            Err(fault) => Ok(self.raise(bus, fault)),
+            Ok(Some((id, key, _))) if key == link.target => {
+                self.code.connect(number, id);
+                self.inspect_link(&link, id)?;
+                Ok(None)
+            }
+            Ok(_) => Ok(None),
+        }
+    }
+
+    /// The block that link `number` goes to, if it lies in one page and the link still stands. None while something else
+    /// comes first.
+    fn linked(
+        &mut self,
+        number: u32,
+        link: &Link,
+        bus: &dyn IoBus,
+    ) -> Result<Result<Option<Found>, Fault>, EngineError> {
+        if self.cpu.request_bits() != 0 || self.cpu.dropped.any() {
+            return Ok(Ok(None));
+        }
         let generation = self.generation;
-        let (id, key, _) = match self.find(Mode(link.target.mode), bus)? {
-            Err(fault) => return Ok(self.raise(bus, fault)),
+        let found = match self.find(Mode(link.target.mode), bus)? {
+            Err(fault) => return Ok(Err(fault)),
             Ok(found) => found,
         };
         let lasts = generation == self.generation && !self.code.is_dead_link(number);
-        let block = self.code.block(id);
+        let block = self.code.block(found.0);
         let whole = block.is_some_and(|block| block.second_page.is_none());
-        if key == link.target && whole && lasts {
-            self.code.connect(number, id);
-            self.inspect_link(&link, id)?;
-        }
-        Ok(None)
+        Ok(Ok((whole && lasts).then_some(found)))
     }
 
     /// A direct jump whose target the jump cache does not have: points it there if both lie in one page, or if the
@@ -243,26 +265,17 @@ impl Translated {
             return Err(EngineError::Internal("a jump that is not known".into()));
         };
         self.cpu.rip = link.target.rip;
-        if self.cpu.request_bits() != 0 || self.cpu.dropped.any() {
-            return Ok(None);
-        }
-        let generation = self.generation;
-        let mode = Mode(link.target.mode);
-        let (id, key, global) = match self.find(mode, bus)? {
+        let (id, key, global) = match self.linked(number, &link, bus)? {
             Err(fault) => return Ok(self.raise(bus, fault)),
-            Ok(found) => found,
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(None),
         };
         let far = link.target.gpa == u64::MAX;
         let there = Key {
             gpa: if far { key.gpa } else { link.target.gpa },
             ..link.target
         };
-        let whole = self
-            .code
-            .block(id)
-            .is_some_and(|block| block.second_page.is_none());
-        let lasts = generation == self.generation && !self.code.is_dead_link(number);
-        if key != there || !whole || !lasts {
+        if key != there {
             return Ok(None);
         }
         if !far {
@@ -270,7 +283,7 @@ impl Translated {
         } else if global {
             self.code.connect_far(number, id, key.linear() >> 12);
         } else {
-            self.remember(mode, id, key, global);
+            self.remember(Mode(link.target.mode), id, key, global);
             return Ok(None);
         }
         self.inspect_link(&link, id)?;

@@ -236,6 +236,35 @@ macro_rules! descriptor {
     };
 }
 
+/// R10 = host address of the guest's address in a register, from which on RAX + 1 bytes lie in one page of a hit.
+macro_rules! window {
+    ($register:literal, $tags:literal, $tlb:literal) => {
+        concat!(
+            "   pext r10, ",
+            $register,
+            ", [rsp + 8 + {tlb_mask}]
+                mov r11, [rsp + 8 + r10*8 + {",
+            $tags,
+            $tlb,
+            "}]
+                add r11, ",
+            $register,
+            "
+                cmp r11, 4095
+                ja 82f
+                add r11, rax
+                cmp r11, 4095
+                ja 82f
+                mov r10, [rsp + 8 + r10*8 + {delta",
+            $tlb,
+            "}]
+                add r10, ",
+            $register,
+            "\n"
+        )
+    };
+}
+
 /// A repeated string instruction whose operands lie in one page each that the soft TLB has. Guest addresses are
 /// in RSI and RDI, the count in R9; RAX = bytes - 1.
 macro_rules! rep {
@@ -257,21 +286,8 @@ macro_rules! rep {
             $size,
             " - 1]\n",
             $source,
-            "   pext r10, rdi, [rsp + 8 + {tlb_mask}]
-                mov r11, [rsp + 8 + r10*8 + {write",
-            $tlb,
-            "}]
-                add r11, rdi
-                cmp r11, 4095
-                ja 82f
-                add r11, rax
-                cmp r11, 4095
-                ja 82f
-                mov r10, [rsp + 8 + r10*8 + {delta",
-            $tlb,
-            "}]
-                add r10, rdi
-                mov r11, [rsp + 8 + {other}]
+            window!("rdi", "write", $tlb),
+            "   mov r11, [rsp + 8 + {other}]
                 mov [rsp + 8 + {length}], rax
                 mov rcx, r9
                 xchg rdi, r10\n",
@@ -303,21 +319,8 @@ macro_rules! movs {
             $instruction,
             $tlb,
             concat!(
-                "pext r10, rsi, [rsp + 8 + {tlb_mask}]
-                 mov r11, [rsp + 8 + r10*8 + {read",
-                $tlb,
-                "}]
-                 add r11, rsi
-                 cmp r11, 4095
-                 ja 82f
-                 add r11, rax
-                 cmp r11, 4095
-                 ja 82f
-                 mov r10, [rsp + 8 + r10*8 + {delta",
-                $tlb,
-                "}]
-                 add r10, rsi
-                 mov [rsp + 8 + {other}], r10\n"
+                window!("rsi", "read", $tlb),
+                "mov [rsp + 8 + {other}], r10\n"
             ),
             "xchg rsi, r11\n",
             "lea rsi, [r11 + rax + 1]\n"

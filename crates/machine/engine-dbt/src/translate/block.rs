@@ -6,11 +6,11 @@ use iced_x86::{
     Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic,
 };
 
+use super::group::Missed;
 use super::{MAX_INSTRUCTIONS, Mode, Options};
 use crate::asm::{Asm, Here};
 use crate::code::{BREAKPOINT, CodeMap, FaultPoint, InterpretSite, Key, Link, Next};
 use crate::cpu::{Privilege, off};
-use crate::mmu::OperandAccess;
 use crate::raw::Raw;
 use crate::stubs::Stubs;
 use crate::table::{
@@ -118,19 +118,7 @@ pub(super) enum Cold {
         check: bool,
     },
     /// A group's check failed.
-    Group {
-        /// rel32 that leads here.
-        from: Here,
-        /// Where to go on with the host address.
-        back: Here,
-        /// RIP of the first instruction.
-        rip: u64,
-        /// Instructions before it.
-        index: u16,
-        /// Bytes of all operands.
-        size: usize,
-        access: OperandAccess,
-    },
+    Group(Missed),
     /// A request is pending at a jump to `target`.
     Request {
         /// rel32 that leads here.

@@ -113,6 +113,11 @@ impl Builder<'_> {
         (target.wrapping_add(base) ^ self.key.rip.wrapping_add(base)) & !0xfff == 0
     }
 
+    /// Guest-physical address of `rip`, which lies in the page this block starts in.
+    pub(super) fn physical(&self, rip: u64) -> u64 {
+        (self.key.gpa & !0xfff) | (rip.wrapping_add(self.key.cs_base) & 0xfff)
+    }
+
     /// Emits what `goto` and friends put off.
     pub(super) fn emit_cold(&mut self, cold: Cold) {
         match cold {
@@ -122,14 +127,7 @@ impl Builder<'_> {
                 back,
                 op,
             } => self.emit_slow(from, site, back, op),
-            Cold::Group {
-                from,
-                back,
-                rip,
-                index,
-                size,
-                access,
-            } => self.emit_group_cold(from, back, rip, index, size, access),
+            Cold::Group(missed) => self.emit_missed(&missed),
             Cold::Request { from, target } => {
                 self.asm.patch_here(from);
                 self.asm.mov_imm(R10, target);
@@ -193,7 +191,7 @@ impl Builder<'_> {
         self.asm
             .jmp_ctx(off::jump_target(privilege) + index as u32 * 8);
         let gpa = if self.same_page(target) {
-            (self.key.gpa & !0xfff) | (target.wrapping_add(self.key.cs_base) & 0xfff)
+            self.physical(target)
         } else {
             u64::MAX
         };

@@ -14,12 +14,11 @@ use iced_x86::{Code, Instruction, Mnemonic as M, OpKind, Register};
 use super::block::{Builder, Cold, Decoded};
 use super::operand::{Place, host_register};
 use crate::asm::Here;
-use crate::asm::reg::{R8, R10, R11};
+use crate::asm::reg::{R8, R10, R11, RCX};
 use crate::code::{Key, Link, MemSite, Next};
 use crate::cpu::off;
 use crate::mmu::OperandAccess;
 use crate::table::{OperandUse, Treatment, waits_for_x87};
-use crate::translate::Mode;
 
 /// Bytes from the first to the last of a group: few enough that most groups lie in one page.
 const SPAN: i64 = 256;
@@ -37,6 +36,22 @@ pub(super) struct Group {
     /// Bytes.
     span: usize,
     write: bool,
+}
+
+/// A group whose check failed.
+#[derive(Clone)]
+pub(super) struct Missed {
+    /// rel32 that leads to its cold code.
+    from: Here,
+    /// Where to go on with the host address.
+    back: Here,
+    /// RIP of the first instruction.
+    rip: u64,
+    /// Instructions of the block before it.
+    index: u16,
+    /// Bytes of all operands.
+    size: usize,
+    access: OperandAccess,
 }
 
 /// What the addresses of a group differ from by constants.
@@ -231,13 +246,11 @@ impl Decoded {
     /// What it is to a group with this root.
     fn member(&self, root: Root) -> Member {
         let instr = &self.instr;
-        let on_stack = root == Root::STACK;
-        // An index that is the stack pointer does not exist, a base with another index may be.
         let moves_stack = matches!(
             self.how,
             Treatment::Push | Treatment::Pop | Treatment::Call | Treatment::Ret
         );
-        if moves_stack && !on_stack {
+        if moves_stack && root != Root::STACK {
             return Member::Outside;
         }
         let push = |last| Member::Access {
@@ -256,8 +269,7 @@ impl Decoded {
         };
         let whole = instr.stack_pointer_increment().unsigned_abs() == 8;
         match self.how {
-            Treatment::Nop => Member::Within(0),
-            Treatment::JumpIf => Member::Within(0),
+            Treatment::Nop | Treatment::JumpIf => Member::Within(0),
             Treatment::Push if whole && instr.op0_kind() != OpKind::Memory => push(false),
             Treatment::Pop
                 if whole
@@ -386,14 +398,14 @@ impl Builder<'_> {
         } else {
             OperandAccess::Read
         };
-        self.cold.push(Cold::Group {
+        self.cold.push(Cold::Group(Missed {
             from,
             back,
             rip: first.instr.ip(),
             index: self.index,
             size: group.span,
             access,
-        });
+        }));
         // Where the base points now, from the group's lowest byte; and what of that its register does not say yet.
         let (mut at, mut owed) = (-group.low, 0i64);
         for index in group.members.clone() {
@@ -463,8 +475,7 @@ impl Builder<'_> {
                 let to = number(instr.op0_register());
                 let host = host_register(to).unwrap_or(R11);
                 // The destination may be the index.
-                let scratch = crate::asm::reg::RCX;
-                self.address_into(instr, 0, R11, scratch);
+                self.address_into(instr, 0, R11, RCX);
                 if host == R11 {
                     self.asm.store_ctx(off::gpr(to), R11);
                 } else {
@@ -528,23 +539,16 @@ impl Builder<'_> {
     }
 
     /// The way of a group whose check failed: the slow path, once; and in the end a block without groups.
-    pub(super) fn emit_group_cold(
-        &mut self,
-        from: Here,
-        back: Here,
-        rip: u64,
-        index: u16,
-        size: usize,
-        access: OperandAccess,
-    ) {
-        self.asm.patch_here(from);
+    pub(super) fn emit_missed(&mut self, missed: &Missed) {
+        let rip = missed.rip;
+        self.asm.patch_here(missed.from);
         let patch = self.asm.jmp_later();
         self.asm.patch_here(patch);
         let cold = self.asm.here();
         let site = self.code.add_mem_site(MemSite {
             rip,
-            size: size as u16,
-            access,
+            size: missed.size as u16,
+            access: missed.access,
             segment: 3,
             stack: false,
             align: 1,
@@ -552,20 +556,19 @@ impl Builder<'_> {
             masked: None,
             group: Some(self.next_link()),
             locked: false,
-            index,
+            index: missed.index,
             next: Next::Known(rip),
         });
-        self.asm.mov_imm(crate::asm::reg::RCX, u64::from(site));
+        self.asm.mov_imm(RCX, u64::from(site));
         self.asm.call_to(self.stubs.slow);
-        self.asm.jmp(back);
-        let gpa = (self.key.gpa & !0xfff) | (rip.wrapping_add(self.key.cs_base) & 0xfff);
+        self.asm.jmp(missed.back);
         self.links.push(Link {
             patch: patch.0 as u32,
             cold: cold.0 as u32,
             target: Key {
-                gpa,
+                gpa: self.physical(rip),
                 rip,
-                mode: Mode(self.key.mode).ungrouped().0,
+                mode: self.mode.ungrouped().0,
                 ..self.key
             },
         });
