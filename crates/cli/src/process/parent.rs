@@ -159,15 +159,7 @@ impl Drop for MachineProcess {
 /// # Errors
 /// If no process can be made.
 pub fn check_jail() -> Result<Vec<Layer>, Failure> {
-    let null = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .map_err(refused)?;
-    let (channel, theirs) = UnixStream::pair().map_err(refused)?;
-    let null = null.as_fd();
-    let (pid, namespaces) = run(&[null, null, null, theirs.as_fd()], &[WORD], true)?;
-    drop(theirs);
+    let (channel, pid, namespaces) = run_silent(&[], &[WORD])?;
     send(&channel, &Launch::Check { namespaces })?;
     let mut layers = None;
     listen(&channel, |said| match said {
@@ -186,16 +178,7 @@ pub fn check_jail() -> Result<Vec<Layer>, Failure> {
 /// # Errors
 /// If no process can be made, or it cannot be a switch.
 pub fn start_switch(listener: &UnixListener, mut launch: SwitchLaunch) -> Result<(), Failure> {
-    let null = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .map_err(refused)?;
-    let (channel, theirs) = UnixStream::pair().map_err(refused)?;
-    let null = null.as_fd();
-    let descriptors = [null, null, null, theirs.as_fd(), listener.as_fd()];
-    let (_, namespaces) = run(&descriptors, &[WORD, &launch.name], true)?;
-    drop(theirs);
+    let (channel, _, namespaces) = run_silent(&[listener.as_fd()], &[WORD, &launch.name])?;
     launch.namespaces = namespaces;
     send(&channel, &Launch::Switch(launch))?;
     let mut failure = Some("its process is gone".to_owned());
@@ -214,6 +197,24 @@ pub fn start_switch(listener: &UnixListener, mut launch: SwitchLaunch) -> Result
             format!("cannot start the network's switch: {why}"),
         )),
     }
+}
+
+/// Runs this program again in namespaces of its own, without input or output, with a channel and further descriptors.
+/// Returns our end of the channel, the process, and whether it has the namespaces.
+fn run_silent(
+    more: &[BorrowedFd<'_>],
+    words: &[&str],
+) -> Result<(UnixStream, Pid, Result<(), String>), Failure> {
+    let null = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .map_err(refused)?;
+    let (channel, theirs) = UnixStream::pair().map_err(refused)?;
+    let mut descriptors = vec![null.as_fd(), null.as_fd(), null.as_fd(), theirs.as_fd()];
+    descriptors.extend(more);
+    let (pid, namespaces) = run(&descriptors, words, true)?;
+    Ok((channel, pid, namespaces))
 }
 
 /// Runs this program again with these descriptors and arguments.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
+use super::guest::checksum_is_right;
 use super::*;
 use crate::gateway::{Gateway, GatewayConfig};
 use crate::nat::wire::TCP_HEADER;
